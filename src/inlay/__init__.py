@@ -1,0 +1,96 @@
+"""Inlay: parameter-efficient fine-tuning. A few trained numbers set into a frozen model.
+
+The names are those of Hugging Face PEFT; each is imported when it is first asked for, so ``import inlay`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "adapted_model": "AdaptedModel",
+    "auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification",
+    "checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+    "config": "PeftConfig PeftType TaskType",
+    "errors": "AdapterFileError NoMatchingPeftModuleError PeftError PeftWarning",
+    "extras": "ModulesToSaveWrapper TrainableTokensWrapper",
+    "inits": "EvaConfig LoftQConfig",
+    "kbit": "prepare_model_for_kbit_training",
+    "layer": "AdaptedLayer",
+    "method": "METHODS Method Slot",
+    "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.trainable_tokens": "TrainableTokensConfig",
+    "peft_model": "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
+    "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
+    "status": "get_layer_status get_model_status",
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
+_ALIASES = {"LoraModel": "AdaptedModel", "LoraLayer": "AdaptedLayer", "BaseTuner": "AdaptedModel", "BaseTunerLayer": "AdaptedLayer"}
+"""Names of PEFT for what is one class here."""
+
+__all__ = ["__version__", *sorted(_MODULE_OF), *sorted(_ALIASES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    target = _ALIASES.get(name, name)
+    if target not in _MODULE_OF:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[target]}", __name__), target)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel as AdaptedModel
+    from .adapted_model import AdaptedModel as BaseTuner
+    from .adapted_model import AdaptedModel as LoraModel
+    from .auto import AutoPeftModel as AutoPeftModel
+    from .auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from .auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from .auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from .auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from .checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
+    from .checkpoint import load_peft_weights as load_peft_weights
+    from .checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
+    from .config import PeftConfig as PeftConfig
+    from .config import PeftType as PeftType
+    from .config import TaskType as TaskType
+    from .errors import AdapterFileError as AdapterFileError
+    from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from .errors import PeftError as PeftError
+    from .errors import PeftWarning as PeftWarning
+    from .extras import ModulesToSaveWrapper as ModulesToSaveWrapper
+    from .extras import TrainableTokensWrapper as TrainableTokensWrapper
+    from .inits import EvaConfig as EvaConfig
+    from .inits import LoftQConfig as LoftQConfig
+    from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .layer import AdaptedLayer as AdaptedLayer
+    from .layer import AdaptedLayer as BaseTunerLayer
+    from .layer import AdaptedLayer as LoraLayer
+    from .method import METHODS as METHODS
+    from .method import Method as Method
+    from .method import Slot as Slot
+    from .methods.lora import LoraConfig as LoraConfig
+    from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from .peft_model import PeftModel as PeftModel
+    from .peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+    from .peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from .peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .peft_model import get_peft_model as get_peft_model
+    from .peft_model import inject_adapter_in_model as inject_adapter_in_model
+    from .status import get_layer_status as get_layer_status
+    from .status import get_model_status as get_model_status

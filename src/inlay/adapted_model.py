@@ -1,0 +1,294 @@
+"""A model whose layers carry adapters: set in, switch, merge, take out. ``PeftModel`` is the surface around it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import PeftConfig
+from .errors import PeftWarning
+from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
+from .injection import inject, remove, resolve
+from .layer import AdaptedLayer
+from .method import Slot
+from .switch import Switch
+from .walk import places, wrappers
+
+
+class AdaptedModel(nn.Module):
+    """A base model and its adapters; what PEFT calls a tuner (``LoraModel`` and its kin).
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: the configuration of the first adapter, or several by name.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: leave new parameters on the meta device, for values that are about to be loaded.
+        autocast_adapter_dtype: keep new parameters in float32 where the base is in half precision.
+
+    Raises:
+        ValueError: an adapter's name or configuration does not fit the model, which is then unchanged.
+    """
+
+    prefix = "lora_"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        present = next((w for _, w in wrappers(model)), None)
+        self.switch: Switch = Switch() if present is None else _switch_of(present)
+        self.peft_config: dict[str, PeftConfig] = dict(getattr(model, "peft_config", {})) if present is not None else {}
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in configs.items():
+            self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model with the adapters that are on."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    # ------------------------------------------------------------------ adapters
+
+    def add_adapter(
+        self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Set another adapter into the model. The first one becomes active; later ones wait for ``set_adapter``."""
+        _check_name(name, self.peft_config)
+        _check_bias(config, self.peft_config)
+        config = resolve(self.model, config)
+        trainable = [p for p in self.model.parameters() if p.requires_grad] if not self.peft_config else []
+        for p in trainable:
+            p.requires_grad_(False)
+        try:
+            inject(self.model, config, name, self.switch, initialise=not low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+        except BaseException:
+            for p in trainable:
+                p.requires_grad_(True)
+            raise
+        self.peft_config[name] = config
+        if len(self.peft_config) == 1:
+            self.set_adapter(name, inference_mode=config.inference_mode)
+        else:
+            self.set_requires_grad(name, requires_grad=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active and, outside inference mode, trainable; freeze those that were.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._check_known(names)
+        for name in self.switch.setting.active:
+            if name in self.peft_config and name not in names:
+                self.set_requires_grad(name, requires_grad=False)
+        self.set_requires_grad(names, requires_grad=not inference_mode)
+        self.switch.change(active=names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make the parameters of adapters trainable or not, active or not."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self._check_known(names)
+        for name in names:
+            for p in self.adapter_parameters(name):
+                p.requires_grad_(requires_grad)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield every parameter that is trained with an adapter."""
+        for slot in self.slots(name):
+            yield from slot.parameters().values()
+        for module in self.saved_modules():
+            if name in module.modules_to_save:
+                yield from (p for p in module.modules_to_save[name].parameters() if p.is_floating_point())
+        mode = getattr(self.peft_config[name], "bias", "none")
+        if mode == "all":
+            yield from (p for path, p in self.model.named_parameters() if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path)
+        elif mode == "lora_only":
+            yield from (b for slot in self.slots(name) if isinstance(b := slot.bias(), nn.Parameter))
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        """Yield an adapter's slots in the order of the model's modules."""
+        for layer in self.layers():
+            if name in layer.slots:
+                yield layer.slots[name]
+
+    def layers(self) -> Iterator[AdaptedLayer]:
+        """Yield the adapted layers in the order of the model's modules."""
+        yield from (w for _, w in wrappers(self.model) if isinstance(w, AdaptedLayer))
+
+    def saved_modules(self) -> Iterator[ModulesToSaveWrapper]:
+        """Yield the wrappers of modules that are trained and saved whole."""
+        yield from (w for _, w in wrappers(self.model) if isinstance(w, ModulesToSaveWrapper))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; nothing of it stays behind.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged into the base weights.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"Adapter {adapter_name} is merged into the base weights; call unmerge_adapter() first")
+        self.set_requires_grad(adapter_name, requires_grad=False)
+        remove(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        left = tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
+        self.switch.change(active=())
+        if left:
+            self.set_adapter(left)
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} not found. There are: {sorted(self.peft_config)}")
+
+    # ------------------------------------------------------------------ on and off
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that are on."""
+        return list(self.switch.now().active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as ``active_adapters``, as in PEFT."""
+        return self.active_adapters
+
+    def enable_adapter_layers(self) -> None:
+        """Turn the adapters on."""
+        self.switch.change(enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Turn the adapters off, until ``enable_adapter_layers``."""
+        self.warn_if_biases_are_trained()
+        self.switch.change(enabled=False)
+
+    def warn_if_biases_are_trained(self) -> None:
+        """Warn that the base model is not what it was where its biases are trained in place."""
+        for name in self.active_adapters:
+            if (bias := getattr(self.peft_config.get(name), "bias", "none")) != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be {bias!r} does not produce the same output as "
+                    "the base model would without adaption.",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (the active ones by default) into the base weights; ``unmerge_adapter`` undoes it exactly.
+
+        Raises:
+            ValueError: an adapter is unknown, base layers are shared by ``layer_replication``, or ``safe_merge`` found weights
+                that are not finite. Nothing is merged then.
+        """
+        self._check_known(adapter_names or ())
+        self._check_not_replicated()
+        done: list[AdaptedLayer] = []
+        try:
+            for layer in self.layers():
+                if not layer.merged_adapters:
+                    done.append(layer)
+                layer.merge(safe_merge, adapter_names)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back, bit for bit."""
+        for layer in self.layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Return the base model with the adapters merged in for good and no wrapper left.
+
+        Args:
+            progressbar: show the progress over the layers.
+            safe_merge: refuse weights that are not finite, before anything is changed.
+            adapter_names: which adapters, in order; the active ones by default.
+
+        Raises:
+            ValueError: as ``merge_adapter``.
+        """
+        if safe_merge:  # all or nothing: the layers are merged before the first is unwrapped
+            self.merge_adapter(adapter_names, safe_merge=True)
+        self._check_known(adapter_names or ())
+        self._check_not_replicated()
+        names = tuple(adapter_names) if adapter_names is not None else self.switch.now().active
+        for place in tqdm(list(places(self.model).values()), disable=not progressbar, desc="Unloading and merging model"):
+            if place.wrapper is not place.module:
+                place.replace(_merged_for_good(place.wrapper, names))
+        return self._bare()
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before any adapter."""
+        self.unmerge_adapter()
+        for place in places(self.model).values():
+            if place.wrapper is not place.module:
+                place.replace(place.module)
+        return self._bare()
+
+    def _bare(self) -> nn.Module:
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def _check_not_replicated(self) -> None:
+        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
+            raise ValueError("layers made by layer_replication share their base weights, so their adapters cannot be merged into them")
+
+
+def _merged_for_good(wrapper: nn.Module, names: Sequence[str]) -> nn.Module:
+    if isinstance(wrapper, TrainableTokensWrapper):
+        wrapper = wrapper.token_adapter
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        chosen = [n for n in names if n in wrapper.modules_to_save]
+        return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
+    while isinstance(wrapper, AdaptedLayer):
+        wrapper.merge(adapter_names=names)
+        wrapper.originals = {}
+        wrapper = wrapper.base_layer
+    return wrapper
+
+
+def _switch_of(wrapper: nn.Module) -> Switch:
+    switch = wrapper.token_adapter.switch if isinstance(wrapper, TrainableTokensWrapper) else wrapper.switch
+    assert isinstance(switch, Switch)
+    return switch
+
+
+def _check_name(name: str, taken: dict[str, PeftConfig]) -> None:
+    if name in taken:
+        raise ValueError(f"Adapter with name {name!r} already exists.")
+    if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "__base__":
+        raise ValueError(f"{name!r} cannot be an adapter's name: it becomes part of parameter names, which rules out dots and {name!r}")
+
+
+def _check_bias(config: PeftConfig, present: dict[str, PeftConfig]) -> None:
+    mode = getattr(config, "bias", "none")
+    if mode not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"Requested bias: {mode}, is not implemented. Known: 'none', 'all', 'lora_only'.")
+    if present and any(getattr(c, "bias", "none") != "none" for c in (config, *present.values())):
+        raise ValueError("only one adapter may train biases of the base model; set bias='none' for all adapters to have several")

@@ -1,0 +1,230 @@
+"""PEFT's adapter format, both ways. This is the only place that knows how names in memory and on disk relate.
+
+    in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_model.model.h.0.attn.lora_A.weight
+                base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
+                base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapted_model import AdaptedModel
+from .config import CONFIG_NAME, PeftConfig
+from .errors import AdapterFileError
+from .extras import ModulesToSaveWrapper
+from .files import read_tensors
+from .layer import AdaptedLayer
+from .targets import model_config
+from .walk import wrappers
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Names under which a targeted embedding is saved whole, as PEFT does."""
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not fit when a state was loaded; names in memory and on disk."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their keys on disk.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters.
+        state_dict: take the values from this state (for example one gathered from several devices), not from the model.
+        adapter_name: which adapter.
+        unwrap_compiled: look through ``torch.compile``.
+        save_embedding_layers: add the input and output embeddings; "auto": where they are adapted, or have another size than
+            the base model's configuration says (looked up in a local folder only).
+
+    Raises:
+        ValueError: there is no such adapter.
+        AdapterFileError: ``state_dict`` lacks a tensor of the adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    keys = disk_keys(model, adapter_name)
+    for name in _embedding_keys(model, adapter_name, save_embedding_layers):
+        keys.setdefault(name, name)
+    if state_dict is None:
+        live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        return {disk: live[memory].detach() for memory, disk in keys.items()}
+    if lacking := sorted(keys.keys() - state_dict.keys()):
+        raise AdapterFileError(f"the given state_dict lacks {lacking} of adapter {adapter_name!r}")
+    return {disk: state_dict[memory] for memory, disk in keys.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Set an adapter's tensors from a state with keys as on disk. Nothing is changed if a shape does not fit.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters.
+        peft_model_state_dict: the tensors.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out tensors of another shape.
+        low_cpu_mem_usage: put the given tensors themselves in place of parameters on the meta device.
+
+    Returns:
+        ``missing_keys`` of this adapter in the model and ``unexpected_keys`` of the state.
+
+    Raises:
+        ValueError: there is no such adapter.
+        RuntimeError: a tensor has another shape than its parameter.
+    """
+    keys = disk_keys(model, adapter_name)
+    memory = {disk: name for name, disk in keys.items()}
+    live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    base = {name: name for name in live if name.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight"))}
+    wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict}
+    wrong = [(d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape]
+    if wrong and not ignore_mismatched_sizes:
+        lines = [f"{d}: {tuple(peft_model_state_dict[d].shape)} in the state, {tuple(live[m].shape)} in the model" for d, m in wrong if m]
+        raise AdapterFileError("the state does not fit the model (size mismatch); nothing was loaded:\n  " + "\n  ".join(lines))
+    fitting = {d: m for d, m in wanted.items() if m is not None and (d, m) not in wrong}
+    with torch.no_grad():
+        for disk, name in fitting.items():
+            _put(model, name, live[name], peft_model_state_dict[disk])
+    missing = [name for name, disk in keys.items() if disk not in fitting]
+    return IncompatibleKeys(missing, [disk for disk, name in wanted.items() if name is None])
+
+
+def _put(model: nn.Module, name: str, present: Tensor, value: Tensor) -> None:
+    if present.device.type != "meta":
+        present.copy_(value)
+        return
+    path, _, attribute = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    layer = next(m for _, m in _ancestors(model, path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)))
+    device = layer.kind.device if isinstance(layer, AdaptedLayer) else next(layer.original_module.parameters()).device
+    parameter = nn.Parameter(value.to(device), requires_grad=present.requires_grad)
+    if isinstance(owner, nn.ParameterDict):
+        owner[attribute] = parameter
+    else:
+        setattr(owner, attribute, parameter)
+
+
+def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules on the way to a path, innermost first."""
+    parts = path.split(".")
+    return [(p, model.get_submodule(p)) for p in (".".join(parts[:n]) for n in range(len(parts), 0, -1))]
+
+
+def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return ``{name in memory: key on disk}`` for everything that is saved with an adapter.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    prefix, bare = _bare_model(model)
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"Adapter {adapter_name} not found. There are: {sorted(configs)}")
+    keys: dict[str, str] = {}
+    for path, wrapper in wrappers(bare):
+        if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
+            slot = wrapper.slots[adapter_name]
+            for name in () if slot.shared else slot.parameters():
+                column, _, rest = name.partition(".")
+                disk = _respell(name, slot.method.on_disk)
+                keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = f"{prefix}{path}.{disk}"
+        elif isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for name in wrapper.modules_to_save[adapter_name].state_dict():
+                keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{prefix}{path}.{name}"
+    keys |= {name: name for name in _bias_names(prefix, bare, getattr(configs[adapter_name], "bias", "none"), adapter_name)}
+    return keys
+
+
+def _respell(name: str, on_disk: Mapping[str, str]) -> str:
+    return next((disk for memory, disk in on_disk.items() if name == memory), name)
+
+
+def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the base model and the prefix that its parameters' names have in the given one."""
+    base = getattr(model, "base_model", None)
+    if isinstance(base, AdaptedModel) and base is not model:
+        return "base_model.model.", base.model
+    return ("model.", model.model) if isinstance(model, AdaptedModel) else ("", model)
+
+
+def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> list[str]:
+    names = [f"{prefix}{name}" for name, _ in bare.named_parameters() if name.rsplit(".", 1)[-1] == "bias" and ".lora_" not in name]
+    if mode == "all":
+        return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]
+    if mode == "lora_only":
+        layers = {f"{prefix}{path}" for path, w in wrappers(bare) if isinstance(w, AdaptedLayer) and adapter_name in w.slots}
+        return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
+    return []
+
+
+def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> list[str]:
+    prefix, bare = _bare_model(model)
+    if save == "auto":
+        config: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, union-attr]
+        adapted = any(
+            isinstance(w, AdaptedLayer) and adapter_name in w.slots and path.rsplit(".", 1)[-1] in EMBEDDINGS for path, w in wrappers(bare)
+        )
+        save = adapted or _vocabulary_resized(bare, config)
+    if not save:
+        return []
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(bare, get)() if hasattr(bare, get) else None
+        if isinstance(layer, AdaptedLayer):
+            layer = layer.base_layer
+        found += [f"{prefix}{path}.weight" for path, module in bare.named_modules() if module is layer and hasattr(module, "weight")]
+    return found
+
+
+def _vocabulary_resized(bare: nn.Module, config: PeftConfig) -> bool:
+    """Whether the model's vocabulary has another size than its base folder's configuration says. Never asks the network."""
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    if not config.base_model_name_or_path or not path.is_file():
+        return False
+    size = re.search(r'"vocab_size"\s*:\s*(\d+)', path.read_text(encoding="utf-8"))
+    return size is not None and int(size.group(1)) != model_config(bare).get("vocab_size", int(size.group(1)))
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | torch.device | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """Return the tensors of a saved adapter by their keys on disk.
+
+    Args:
+        model_id: a folder, or a repository on the hub.
+        device: where to put them; the CPU by default.
+        key_mapping: {expression: replacement} for keys of models whose modules have been renamed since.
+        **hub: revision, subfolder, token, cache_dir, ...
+
+    Raises:
+        ValueError: there is no adapter.
+        AdapterFileError: the file cannot be read.
+    """
+    tensors = read_tensors(model_id, device, **hub)
+    for pattern, replacement in (key_mapping or {}).items():
+        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+    return tensors
+
+
+__all__ = ["CONFIG_NAME", "IncompatibleKeys", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"]

@@ -1,0 +1,116 @@
+"""What is trained beside the adapted layers: whole modules (``modules_to_save``) and single rows of an embedding.
+
+    ModulesToSaveWrapper                             TrainableTokensWrapper
+    |- original_module   frozen                      `- token_adapter   an AdaptedLayer of the method TRAINABLE_TOKENS
+    `- modules_to_save   {adapter: trained copy}
+
+Both follow the model's switch, so they are switched, disabled and routed together with the adapter they belong to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import AdaptedLayer
+from .switch import BASE, Switch
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module of the base model and one trained copy of it for each adapter that saves it."""
+
+    def __init__(self, module: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.switch = switch
+
+    def add(self, name: str) -> nn.Module:
+        """Give an adapter its own copy, starting from the original's values."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True)
+        return self.modules_to_save[name]
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter's copy."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+
+    def current(self) -> nn.Module:
+        """Return the copy that is active, or the original."""
+        setting = self.switch.now()
+        names = [n for n in setting.active if n in self.modules_to_save] if setting.enabled else []
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active copy; in a mixed batch, each sample's own."""
+        setting = self.switch.now()
+        if setting.route is None or not setting.enabled:
+            return self.current()(*args, **kwargs)
+        return self._run_mixed(setting.route, *args, **kwargs)
+
+    def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[0] % len(route):
+            raise ValueError(f"adapter_names has {len(route)} entries but a saved module received {x.shape[0]} rows, not a multiple of it")
+        repeats = x.shape[0] // len(route)
+        names = [name if name in self.modules_to_save else BASE for name in route for _ in range(repeats)]
+        out: Tensor | None = None
+        for name in sorted(set(names)):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            module = self.original_module if name == BASE else self.modules_to_save[name]
+            y = module(x.index_select(0, rows), *args, **kwargs)
+            out = torch.index_copy(y.new_zeros(x.shape[0], *y.shape[1:]) if out is None else out, 0, rows, y)
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The active copy's weight."""
+        weight: Tensor = self.current().weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The active copy's bias."""
+        bias: Tensor | None = self.current().bias  # type: ignore[assignment]
+        return bias
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(super().__getattr__("original_module"), name)
+
+
+class TrainableTokensWrapper(nn.Module):
+    """An embedding (or the output layer tied to it) of which single rows are trained."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        super().__init__()
+        self.token_adapter = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with its trained rows."""
+        return self.token_adapter(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "token_adapter":
+                raise
+            return getattr(super().__getattr__("token_adapter"), name)
+
+
+def find_saved(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths of modules that ``modules_to_save`` names, outermost only."""
+    found: list[str] = []
+    for path, _ in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path and not inside and any(path == name or path.endswith(f".{name}") for name in names):
+            found.append(path)
+    return found

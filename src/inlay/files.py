@@ -1,0 +1,126 @@
+"""Adapter files: where they are (a folder or the hub), reading them without surprises, writing them all or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import AdapterFileError
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Return a path as a folder's path.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+    return folder
+
+
+def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write(path)`` for a temporary file beside the target and move it there: a killed process leaves old or new."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    path = Path(name)
+    try:
+        write(path)
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], safe_serialization: bool = True) -> None:
+    """Write an adapter's tensors; the same tensors give the same bytes. Tensors that share memory are written apart."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
+    seen: set[int] = set()
+    for key, value in plain.items():
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            plain[key] = value.clone()
+        seen.add(storage.data_ptr())
+    if safe_serialization:
+        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    else:
+        write_atomically(folder / WEIGHTS_NAME, lambda path: torch.save(plain, path))
+
+
+def locate(model_id: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the local path of a file in an adapter's folder, or of the copy the hub client keeps of it.
+
+    Args:
+        model_id: a local folder, or a repository on the hub.
+        filename: the file's name.
+        subfolder: a folder inside it.
+        **hub: passed to ``huggingface_hub.hf_hub_download``: revision, token, cache_dir, local_files_only, ...
+
+    Raises:
+        ValueError: the file is in neither.
+    """
+    path = Path(model_id) / (subfolder or "") / filename
+    if path.is_file():
+        return path
+    if not Path(model_id).is_dir() and _is_repository(str(model_id)):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+        try:
+            return Path(hf_hub_download(str(model_id), filename, subfolder=subfolder or None, **hub))
+        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError) as error:
+            raise ValueError(f"Can't find '{filename}' at '{model_id}': {_first_line(error)}") from error
+    raise ValueError(f"Can't find '{filename}' at '{model_id}'")
+
+
+def _is_repository(name: str) -> bool:
+    return not os.path.isabs(name) and name.count("/") <= 1 and not name.startswith((".", "~"))
+
+
+def read_tensors(
+    model_id: str | os.PathLike[str], device: str | torch.device | None = None, subfolder: str | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """Return the tensors of a saved adapter by their keys on disk: safetensors first, else a pickle of weights only.
+
+    Raises:
+        ValueError: there is no such file.
+        AdapterFileError: the file is truncated or is not an adapter.
+    """
+    where = str(device) if device is not None else "cpu"
+    try:
+        path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+    except ValueError as no_safetensors:
+        try:
+            path = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **hub)
+        except ValueError:
+            raise no_safetensors from None
+    try:
+        tensors = load_file(path, device=where) if path.suffix == ".safetensors" else torch.load(path, map_location=where, weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise AdapterFileError(f"{path} cannot be read as an adapter ({_first_line(error)}); it may be truncated") from error
+    except Exception as error:  # the unpickler's own class is not a subclass of any of the above
+        raise AdapterFileError(f"{path} holds more than tensors, which could run code, and was not loaded") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterFileError(f"{path} does not hold a dictionary of tensors")
+    return tensors
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,236 @@
+"""Setting an adapter into a model: decide everything first, then change the model, and undo it all if a method refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .errors import NoMatchingPeftModuleError
+from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
+from .kinds import kind_of, supported_layers
+from .layer import AdaptedLayer
+from .method import METHODS, Method, Slot, method_by_name
+from .methods.trainable_tokens import TrainableTokensConfig
+from .switch import Switch
+from .targets import ALL_LINEAR, default_targets, find_targets, linear_paths, matches
+from .walk import Place, adapted_layers, places
+
+
+@dataclass
+class Plan:
+    """What an adapter needs: parameters to adapt, modules to save whole, and token rows to train."""
+
+    method: Method
+    layers: list[tuple[Place, str]]
+    saved: list[Place]
+    tokens: list[tuple[Place, list[int]]]
+
+
+def resolve(model: nn.Module, config: PeftConfig) -> Any:
+    """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
+    settled: Any = replace(config)
+    if getattr(settled, "target_modules", None) is None and not getattr(settled, "target_parameters", None):
+        settled.target_modules = default_targets(model)
+    elif settled.target_modules == ALL_LINEAR:
+        settled.target_modules = set(linear_paths(model, settled.task_type)) - set(find_saved(model, settled.modules_to_save or ()))
+    return settled
+
+
+def plan(model: nn.Module, config: Any) -> Plan:
+    """Decide where an adapter goes, without changing anything.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing is named by the configuration.
+        ValueError: a named module is of a kind that no adapter can sit on.
+    """
+    known = places(model)
+    saved = [known[path] for path in find_saved(model, getattr(config, "modules_to_save", None) or ())]
+    tokens = _token_places(model, config, known)
+    inside_saved = [place for place in known.values() if any(s in place.inside or s is place.module for s in (p.module for p in saved))]
+    blocked = {place.path for place in inside_saved}
+    paths = find_targets((path for path in known if path not in blocked), config) if config.target_modules else []
+    layers = [(known[path], "weight") for path in paths]
+    layers += list(_parameter_places(known, getattr(config, "target_parameters", None) or ()))
+    if not layers:
+        raise NoMatchingPeftModuleError(
+            f"Nothing was targeted for adaptation: target_modules={config.target_modules or None}, "
+            f"target_parameters={getattr(config, 'target_parameters', None)}; name modules or parameters of the model."
+        )
+    for place, param in layers:
+        if kind_of(place.module, param) is None:
+            raise ValueError(
+                f"Target module {place.path} ({type(place.module).__name__}) is not supported. Adapters can sit on: {supported_layers()}."
+            )
+        if place in [p for p, _ in tokens]:
+            raise ValueError(f"trainable_token_indices names {place.path}, which the adapter already targets; choose one of the two")
+    if len({p.module for p in saved} & {p.module for p, _ in tokens}):
+        raise ValueError("trainable_token_indices and modules_to_save name the same embedding; choose one of the two")
+    return Plan(method_by_name(config.method_name())(), _with_out_projections(known, layers), saved, tokens)
+
+
+def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable[tuple[Place, str]]:
+    names = list(names)
+    for path, place in known.items():
+        for param, value in place.module._parameters.items():
+            if value is not None and matches(f"{path}.{param}", names):
+                yield place, param
+
+
+def _with_out_projections(known: dict[str, Place], layers: list[tuple[Place, str]]) -> list[tuple[Place, str]]:
+    """Adapt the output projection of every attention module that is targeted as a whole, as PEFT does."""
+    extended = list(layers)
+    for place, param in layers:
+        if param == "weight" and isinstance(place.module, nn.MultiheadAttention):
+            inner = known[f"{place.path}.out_proj"]
+            if all(inner is not other for other, _ in layers):
+                extended.append((inner, "weight"))
+    return extended
+
+
+def _token_places(model: nn.Module, config: Any, known: dict[str, Place]) -> list[tuple[Place, list[int]]]:
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return []
+    if not isinstance(wanted, dict):
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        name = next(path for path, place in known.items() if place.wrapper is embedding or place.module is embedding)
+        wanted = {name: list(wanted)}
+    found = []
+    for name, rows in wanted.items():
+        hits = [place for path, place in known.items() if matches(path, [name])]
+        if not hits:
+            raise ValueError(f"Target modules {{{name!r}}} not found in the base model: trainable_token_indices names no module of it.")
+        found += [(place, list(rows)) for place in hits]
+    return found
+
+
+def inject(model: nn.Module, config: Any, name: str, switch: Switch, *, initialise: bool = True, full_precision: bool = True) -> list[Slot]:
+    """Set an adapter into a model, in place. If anything fails, the model is as it was.
+
+    Args:
+        model: the base model, which may already carry adapters.
+        config: a resolved configuration.
+        name: the adapter's name.
+        switch: the model's switch.
+        initialise: False leaves the new parameters on the meta device, for values that are about to be loaded.
+        full_precision: keep the new parameters in float32 where the base is in half precision.
+
+    Returns:
+        The adapter's slots, in the order of the model's modules.
+    """
+    chosen = plan(model, config)
+    slots: list[Slot] = []
+    try:
+        for place, param in chosen.layers:
+            slots.append(_wrap(place, param, switch).add(name, chosen.method, config, place.path))
+        for place, rows in chosen.tokens:
+            slots += _add_token_rows(model, place, rows, name, switch)
+        for place in chosen.saved:
+            _save_whole(place, name, switch)
+        for slot in slots:
+            _settle(slot, initialise, full_precision)
+    except BaseException:
+        remove(model, name)
+        raise
+    return slots
+
+
+def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
+    if initialise:
+        slot.method.init(slot)
+    else:
+        for column in slot.columns:
+            if isinstance(entry := slot[column], nn.Module):
+                entry.to("meta")
+            elif isinstance(entry, nn.Parameter):
+                slot.layer.column(column)[slot.name] = nn.Parameter(entry.to("meta"))
+    if full_precision:
+        for p in slot.parameters().values():
+            if p.dtype in (torch.float16, torch.bfloat16):
+                p.data = p.data.float()
+
+
+def _wrap(place: Place, param: str, switch: Switch) -> AdaptedLayer:
+    """Return the adapted layer of a parameter, wrapping the module if it has none."""
+    kind = kind_of(place.module, param)
+    assert kind is not None
+    layer: nn.Module = place.wrapper
+    while isinstance(layer, AdaptedLayer):
+        if layer.kind.param == kind.param:
+            return layer
+        layer = layer.base_layer
+    parent = place.inside[-1]
+    read_through = isinstance(parent, nn.MultiheadAttention)
+    new = AdaptedLayer(place.wrapper, kind, switch, read_through)
+    if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in place.inside):
+        new.register_forward_pre_hook(_keep_modules_called)
+    place.replace(new)
+    return new
+
+
+def _keep_modules_called(module: nn.Module, args: Any) -> None:
+    """Do nothing: a hook is what makes ``nn.TransformerEncoderLayer`` call its modules instead of reading their weights."""
+
+
+def _save_whole(place: Place, name: str, switch: Switch) -> None:
+    wrapper = place.wrapper
+    if isinstance(wrapper, AdaptedLayer):
+        raise ValueError(f"modules_to_save names {place.path}, which another adapter targets; choose one of the two")
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper = ModulesToSaveWrapper(place.module, switch)
+        place.replace(wrapper)
+    wrapper.add(name)
+
+
+def _add_token_rows(model: nn.Module, place: Place, rows: list[int], name: str, switch: Switch) -> list[Slot]:
+    """Train rows of an embedding, and the same rows of the output layer that is tied to it."""
+    method, config = METHODS["TRAINABLE_TOKENS"](), TrainableTokensConfig(token_indices=rows, target_modules=[place.path])
+    slots = [_token_layer(place, switch).add(name, method, config, place.path)]
+    for tied in places(model).values():
+        if tied.module is not place.module and getattr(tied.module, "weight", None) is place.module.weight:
+            slot = _token_layer(tied, switch).add(name, method, config, tied.path)
+            slot.layer.column("trainable_tokens_delta")[name] = slots[0]["trainable_tokens_delta"]
+            slot.shared = True
+            slots.append(slot)
+    return slots
+
+
+def _token_layer(place: Place, switch: Switch) -> AdaptedLayer:
+    if not isinstance(place.wrapper, TrainableTokensWrapper):
+        kind = kind_of(place.module)
+        if kind is None or isinstance(place.wrapper, (AdaptedLayer, ModulesToSaveWrapper)):
+            raise ValueError(f"trainable_token_indices cannot be set on {place.path} ({type(place.wrapper).__name__})")
+        place.replace(TrainableTokensWrapper(AdaptedLayer(place.module, kind, switch)))
+    layer = place.wrapper.token_adapter
+    assert isinstance(layer, AdaptedLayer)
+    return layer
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter out of a model, and every wrapper that is left with nothing."""
+    for _, layer in list(adapted_layers(model)):
+        if name in layer.slots:
+            layer.remove(name)
+    for place in places(model).values():
+        if isinstance(place.wrapper, ModulesToSaveWrapper):
+            place.wrapper.remove(name)
+        if (bare := _without_empty_wrappers(place.wrapper)) is not place.wrapper:
+            place.replace(bare)
+
+
+def _without_empty_wrappers(module: nn.Module) -> nn.Module:
+    if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.slots:
+        return module.token_adapter.base_layer
+    if isinstance(module, ModulesToSaveWrapper) and not len(module.modules_to_save):
+        return module.original_module
+    if isinstance(module, AdaptedLayer):
+        module.base_layer = _without_empty_wrappers(module.base_layer)
+        if not module.slots:
+            module.unmerge()
+            return module.base_layer
+    return module

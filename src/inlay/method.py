@@ -1,0 +1,163 @@
+"""The contract of a method. One file per method in ``methods/`` fills it in; nothing else is edited to add one.
+
+**The law.** ``merge(W, b) -> (W', b')`` *defines* a weight-space method. ``before`` and ``after`` are its optional fast
+path in activation space, ``fused`` its optional fastest one. For every kind of layer they must agree, in values and
+gradients::
+
+    after(x, layer(before(x)))  ==  fused(x)  ==  layer_with(merge(W, b))(x)
+
+A method that gives only ``merge`` already works on every kind of layer and every store of weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import PeftConfig
+    from .kinds import LayerKind
+    from .layer import AdaptedLayer
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""
+
+Column = nn.Module | nn.Parameter | float | int | bool | None
+
+
+class Slot:
+    """One adapter's part in one layer, as a method sees it.
+
+    ``slot["lora_A"]`` is ``layer.lora_A["default"]``: the layer keeps one dictionary per column, as PEFT does, and a slot
+    is the view of one adapter across them.
+    """
+
+    def __init__(self, layer: AdaptedLayer, name: str, method: Method, config: PeftConfig) -> None:
+        self.layer, self.name, self.method, self.config = layer, name, method, config
+        self.columns: list[str] = []
+        self.shared = False  # whether its parameters belong to another slot, which is the one that is saved
+        self.cache: dict[str, Any] = {}
+
+    def __getitem__(self, column: str) -> Any:
+        return self.layer.column(column)[self.name]
+
+    def get(self, column: str) -> Any:
+        """Return the entry of a column, or None where this adapter has none."""
+        return self[column] if column in self.columns else None
+
+    @property
+    def kind(self) -> LayerKind:
+        """The geometry of the layer."""
+        return self.layer.kind
+
+    def weight(self) -> Tensor:
+        """Return the base weight as the canonical matrix W[..., out, in]."""
+        return self.layer.base_matrix()
+
+    def bias(self) -> Tensor | None:
+        """Return the base bias b[out], or None."""
+        return self.layer.base_bias()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return this adapter's parameters by ``column`` or ``column.name in the module``."""
+        found: dict[str, nn.Parameter] = {}
+        for column in self.columns:
+            entry = self[column]
+            if isinstance(entry, nn.Module):
+                found |= {f"{column}.{key}": p for key, p in entry.named_parameters()}
+            elif isinstance(entry, nn.Parameter):
+                found[column] = entry
+        return found
+
+
+class Method:
+    """How an adapter changes what one layer computes. Stateless: what it trains lives in the layer, seen as a ``Slot``.
+
+    A subclass registers itself: ``class Lora(Method, name="LORA")``.
+    """
+
+    config: ClassVar[type[PeftConfig]]
+    additive: ClassVar[bool] = False
+    """Whether ``after`` adds to y something that depends on x alone, so that several such adapters commute."""
+    on_disk: ClassVar[dict[str, str]] = {}
+    """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name:
+            METHODS[name] = cls
+
+    def build(self, kind: LayerKind, config: Any, path: str) -> dict[str, Column]:
+        """Return the new columns of one layer: modules, parameters, and plain numbers such as a scale.
+
+        Args:
+            kind: geometry of the layer; new parameters go to its device and dtype.
+            config: the adapter's configuration.
+            path: the layer's name in the model, for settings that differ by layer.
+
+        Raises:
+            ValueError: the configuration cannot be met on this kind of layer.
+        """
+        raise NotImplementedError
+
+    def init(self, slot: Slot) -> None:
+        """Set the initial values. Not called where they are about to be loaded from a file."""
+
+    def before(self, slot: Slot, x: Tensor) -> Tensor:
+        """Change the layer's input ``x[..., in]``."""
+        return x
+
+    def after(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Change the layer's output ``y[..., out]``; ``x`` is the input that ``before`` was given."""
+        return y
+
+    def fused(self, slot: Slot, x: Tensor) -> Tensor | None:
+        """Return what the adapted layer computes, base product included, or None where there is no such path."""
+        return None
+
+    def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the adapted weight ``W'[..., out, in]`` and bias ``b'[out]``, without changing the given ones."""
+        raise NotImplementedError
+
+    def delta(self, slot: Slot) -> Tensor:
+        """Return ``W' - W`` for the base weight, as a canonical matrix."""
+        w = slot.weight()
+        return self.merge(slot, w, slot.bias())[0] - w
+
+    def unit_scale(self, slot: Slot) -> float:
+        """Return what the column ``scaling`` starts at, for methods that have one."""
+        return 1.0
+
+    def beyond_merge(self, slot: Slot) -> str | None:
+        """Name what the adapter does right now that ``merge`` cannot express, such as dropout in training."""
+        return None
+
+    @classmethod
+    def works_on_activations(cls) -> bool:
+        """Whether the method has a path besides ``merge``."""
+        return cls.before is not Method.before or cls.after is not Method.after
+
+
+def method_by_name(name: str) -> type[Method]:
+    """Return a registered method.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    load_built_in()
+    if name not in METHODS:
+        hint = difflib.get_close_matches(name, METHODS, n=1)
+        raise ValueError(f"unknown method {name!r}{f'; did you mean {hint[0]!r}?' if hint else ''} (known: {', '.join(sorted(METHODS))})")
+    return METHODS[name]
+
+
+def load_built_in() -> None:
+    """Import the files in ``methods/``, each of which registers itself."""
+    from . import methods
+
+    for file in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(file.name)

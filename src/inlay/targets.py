@@ -1,0 +1,149 @@
+"""Which modules a configuration names: name endings, one expression for whole paths, or "all-linear"; with did-you-mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from .errors import NoMatchingPeftModuleError, PeftWarning
+from .kinds import Linear, kind_of
+
+ALL_LINEAR = "all-linear"
+HEADS = ("classifier", "score")
+"""Names under which transformers keeps the head of a sequence or token classifier."""
+
+_DEFAULT_TARGETS: dict[str, str] = {
+    "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3 whisper",
+    "query value": "bert roberta xlm-roberta electra layoutlm",
+    "query value q_proj v_proj": "vit",
+    "q v": "t5 mt5 umt5",
+    "c_attn": "gpt2 gpt_bigcode",
+    "query_key_value": "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+    "q v q_proj v_proj": "blip-2",
+    "query_proj value_proj": "deberta-v2",
+    "in_proj": "deberta",
+    "Wqkv": "mpt",
+    "c_proj c_attn": "btlm",
+    "qkv_proj": "codegen",
+    "q_proj v_proj fc1 fc2": "phi",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "key value receptance output": "rwkv",
+    "r_proj k_proj v_proj o_proj key value": "rwkv7",
+}
+DEFAULT_TARGETS: dict[str, Collection[str] | str] = {
+    model: set(names.split()) for names, models in _DEFAULT_TARGETS.items() for model in models.split()
+} | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+"""The attention projections that LoRA adapts where the user names none, by ``config.model_type``."""
+
+
+def default_targets(model: nn.Module) -> Collection[str] | str:
+    """Return the usual target modules for a model's type.
+
+    Raises:
+        ValueError: the type is unknown.
+    """
+    model_type = model_config(model).get("model_type")
+    if model_type in DEFAULT_TARGETS:
+        targets = DEFAULT_TARGETS[model_type]
+        paths = [path for path, _ in model.named_modules()]
+        return targets if isinstance(targets, str) else {t for t in targets if any(matches(path, [t]) for path in paths)}
+    raise ValueError(
+        "Please specify `target_modules` or `target_parameters` in `peft_config`: there is no default for "
+        f"{type(model).__name__} (model_type={model_type!r}); 'all-linear' adapts every linear layer but the head"
+    )
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return a model's configuration as a dictionary, empty where it has none."""
+    config = getattr(model, "config", None)
+    if config is None or isinstance(config, dict):
+        return config or {}
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    return values
+
+
+def find_targets(paths: Iterable[str], config: Any) -> list[str]:
+    """Return the module paths that a configuration names, in the order given.
+
+    Raises:
+        NoMatchingPeftModuleError: none does, or all that do are excluded.
+    """
+    candidates, targets = list(paths), config.target_modules
+    named = [path for path in candidates if matches(path, targets) and _in_layers(path, config)]
+    found = [path for path in named if not matches(path, getattr(config, "exclude_modules", None))]
+    if named and not found:
+        raise NoMatchingPeftModuleError(
+            f"No modules were targeted for adaptation: target_modules={_show(targets)} names {len(named)} modules and "
+            f"exclude_modules={_show(config.exclude_modules)} leaves all of them out."
+        )
+    if not found and targets:
+        raise NoMatchingPeftModuleError(
+            f"Target modules {_show(targets)} not found in the base model. "
+            f"Please check the target modules and try again{_suggestion(targets, candidates)}."
+        )
+    if isinstance(targets, (set, list, tuple)):
+        unused = sorted(t for t in targets if not any(matches(path, [t]) for path in candidates))
+        if unused:
+            warnings.warn(f"no module matches target_modules entries {unused}{_suggestion(unused, candidates)}", PeftWarning, stacklevel=2)
+    return found
+
+
+def matches(path: str, names: Collection[str] | str | None) -> bool:
+    """Whether a module's path is named: it equals a name or ends in one after a dot, or an expression matches it whole."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def linear_paths(model: nn.Module, task_type: Any = None) -> list[str]:
+    """Return the paths of all linear layers but the output layer (for "all-linear")."""
+    heads = _output_layers(model, task_type)
+    return [
+        path
+        for path, module in model.named_modules()
+        if path and isinstance(kind_of(module), Linear) and not any(module is head for head in heads)
+    ]
+
+
+def _output_layers(model: nn.Module, task_type: Any) -> list[nn.Module]:
+    """Return the modules that turn features into outputs: the language model's head, or a classifier."""
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    if output is not None:
+        return [output]
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        return [head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
+    return []
+
+
+def _in_layers(path: str, config: Any) -> bool:
+    """Whether a path lies in the blocks of ``layers_to_transform``; a path outside any list of blocks does not."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or isinstance(config.target_modules, str) or path in config.target_modules:
+        return True
+    names = config.layers_pattern or [r"[^.]*"]
+    for name in [names] if isinstance(names, str) else names:
+        if block := re.match(rf"(?:.*\.)?{name}\.(\d+)\.", path):
+            return int(block.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _suggestion(targets: Any, paths: Iterable[str]) -> str:
+    """Return a did-you-mean clause for names that match nothing."""
+    known = sorted({path.rsplit(".", 1)[-1] for path in paths if path and not path.rsplit(".", 1)[-1].isdigit()})
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    near = sorted({match for t in wanted for match in difflib.get_close_matches(t.rsplit(".", 1)[-1], known, n=2, cutoff=0.6)})
+    if near:
+        return f"; did you mean {near}?"
+    return f"; the model's modules end in {known[:20]}{' ...' if len(known) > 20 else ''}"
+
+
+def _show(names: Any) -> str:
+    return repr(names) if isinstance(names, str) else "{" + ", ".join(repr(n) for n in sorted(names)) + "}"

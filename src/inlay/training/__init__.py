@@ -1,0 +1,1 @@
+"""Training with adapters: glue to existing engines and tools for selective training."""
