@@ -231,8 +231,9 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         w, b = self.base_matrix(), self.base_bias()
         exact = torch.promote_types(w.dtype, torch.float32)
         merged_w, merged_b = w.to(exact), b if b is None else b.to(exact)
-        for slot in slots:
-            merged_w, merged_b = slot.method.merge(slot, merged_w, merged_b)
+        with torch.autocast(w.device.type, enabled=False):
+            for slot in slots:
+                merged_w, merged_b = slot.method.merge(slot, merged_w, merged_b)
         tensors = {self.kind.param: self.kind.native(merged_w).to(w.dtype)}
         if merged_b is not None:
             tensors[self.kind.bias] = merged_b.to(w.dtype if b is None else b.dtype)

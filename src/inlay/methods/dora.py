@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dora_linear import dora_linear, dora_norm
+from ..kernels.dora_linear import dora_linear, excess_gain
+from ..kernels.dora_norm import dora_norm, row_norm_squares
 from ..kinds import Experts, LayerKind
 from ..method import Column, Method, Slot
 from .lora import Lora, LoraConfig, dropout_now, factors, fused_inputs
@@ -54,20 +55,21 @@ class Dora(Method, name="DORA"):
         bias = slot.bias()
         b = None if bias is None else slot.kind.spread(bias).to(y.dtype)
         direction = LORA.after(slot, x, y if b is None else y - b)
-        gain = slot.kind.spread(_magnitude(slot) / _current_norm(slot)).to(y.dtype)
-        return gain * direction if b is None else torch.addcmul(b, gain, direction)
+        excess = slot.kind.spread(excess_gain(_magnitude(slot), _current_norm(slot))).to(y.dtype)
+        y = torch.addcmul(direction, direction, excess)
+        return y if b is None else y + b
 
     def fused(self, slot: Slot, x: Tensor) -> Tensor | None:
         ready = fused_inputs(slot, x)
         if ready is None:
             return None
         a, b = slot["lora_A"].weight, slot["lora_B"].weight
-        return dora_linear(*ready, a, b, _magnitude(slot), slot["scaling"], dropout_now(slot), _current_norm(slot))
+        return dora_linear(x, *ready, a, b, _magnitude(slot), slot["scaling"], dropout_now(slot), _current_norm(slot))
 
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         direction, _ = LORA.merge(slot, w, b)
-        gain = _magnitude(slot).to(w.dtype) / row_norm(slot, w).to(w.dtype)
-        return gain[..., None] * direction, b
+        excess = excess_gain(_magnitude(slot).to(w.dtype), row_norm(slot, w).to(w.dtype))
+        return torch.addcmul(direction, direction, excess[..., None]), b
 
     def delta(self, slot: Slot) -> Tensor:
         return LORA.delta(slot)
@@ -85,25 +87,31 @@ def _magnitude(slot: Slot) -> Tensor:
 
 
 @torch.no_grad()
-def row_norm(slot: Slot, w: Tensor) -> Tensor:
-    """Return ||w + s B A|| of each row, ``[..., out]``, in at least float32."""
+def row_norm(slot: Slot, w: Tensor, squares: Tensor | None = None) -> Tensor:
+    """Return ||w + s B A|| of each row, ``[..., out]``, in at least float32. ``squares`` are ||w||^2, if known."""
     exact = torch.promote_types(w.dtype, torch.float32)
     down, up, _ = factors(slot, exact)
-    if isinstance(slot.kind, Experts):
-        return torch.linalg.vector_norm(slot.kind.add_product(w.to(exact), up, down, slot["scaling"]), dim=-1)
+    if isinstance(slot.kind, Experts) or torch.compiler.is_compiling():
+        with torch.autocast(w.device.type, enabled=False):
+            return torch.linalg.vector_norm(slot.kind.add_product(w.to(exact), up, down, slot["scaling"]), dim=-1)
     up, down = slot.kind.flat(up, down)
-    return dora_norm(slot.kind.widen(w), down, up, slot["scaling"])
+    return dora_norm(slot.kind.widen(w), down, up, slot["scaling"], squares)
 
 
 def _current_norm(slot: Slot) -> Tensor:
     """Return the norm for the base weight; outside training, from the cache while nothing it depends on has changed."""
     w = slot.weight()
     parts = [w, *(p for name, p in slot.parameters().items() if "magnitude" not in name)]
-    if slot.layer.training or torch.compiler.is_compiling() or any(p.is_inference() for p in parts):
-        slot.cache.clear()
+    if torch.compiler.is_compiling() or isinstance(slot.kind, Experts) or any(p.is_inference() for p in parts):
         return row_norm(slot, w)
+    of_base = (w.data_ptr(), w._version)
+    if slot.cache.get("of_base") != of_base:
+        slot.cache.update(of_base=of_base, squares=row_norm_squares(slot.kind.widen(w)), key=None)
+    if slot.layer.training:
+        slot.cache["key"] = None
+        return row_norm(slot, w, slot.cache["squares"])
     key = (slot["scaling"], *((p.data_ptr(), p._version) for p in parts))
-    if slot.cache.get("key") != key:
-        slot.cache.update(key=key, norm=row_norm(slot, w))
+    if slot.cache["key"] != key:
+        slot.cache.update(key=key, norm=row_norm(slot, w, slot.cache["squares"]))
     norm: Tensor = slot.cache["norm"]
     return norm

@@ -177,7 +177,7 @@ class Lora(Method, name="LORA"):
         if ready is None:
             return None
         down, up = slot["lora_A"], slot["lora_B"]
-        return lora_linear(*ready, down.weight, up.weight, slot["scaling"], dropout_now(slot), up.bias)
+        return lora_linear(x, *ready, down.weight, up.weight, slot["scaling"], dropout_now(slot), up.bias)
 
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         down, up, bias = factors(slot, w.dtype)
@@ -210,20 +210,16 @@ def dropout_now(slot: Slot) -> float:
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return x, W[out, in] and b in the dtype of the product, or None where the fused functions do not apply.
+def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Return W[out, in] and b where the fused functions apply to this input, else None.
 
     They apply to plain linear layers in eager mode. A compiler fuses the plain operations itself, and ``torch.func``
     transforms need them.
     """
-    plain = isinstance(slot.kind, Linear) and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if not plain:
+    if not isinstance(slot.kind, Linear) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    w, b = slot.weight(), slot.bias()
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), w.to(dtype), b if b is None else b.to(dtype)
-    return (x, w, b) if x.dtype == w.dtype else None
+    w = slot.weight()
+    return (w, slot.bias()) if x.dtype == w.dtype or torch.is_autocast_enabled(x.device.type) else None
 
 
 def scale_of(alpha: float, r: int, config: Any) -> float:

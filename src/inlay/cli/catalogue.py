@@ -1,0 +1,118 @@
+"""The methods as the command line knows them: names, options, learning rates."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from .errors import UserError, did_you_mean, one_line
+
+BASELINES = {
+    "full": "train all weights of the model: the expensive yardstick",
+    "head": "train only the new head on the frozen model: the cheap yardstick",
+}
+FIXED: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}}
+"""Options that make a method out of another method's configuration."""
+
+SET_BY_THE_RUN = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+
+LEARNING_RATES = {"full": 5e-5, "head": 1e-3, "lora": 5e-4, "dora": 5e-4, "adalora": 1e-3, "ia3": 5e-3}
+"""Peak learning rates for AdamW. Adapters start as the identity and are few, so they bear ten times the rate of full
+fine-tuning; methods that only rescale (IA3) or steer by prompts move less per unit and need more."""
+OTHERWISE = 1e-3
+
+
+def learning_rate(method: str) -> float:
+    """Return the default peak learning rate of a method."""
+    return LEARNING_RATES.get(method, 1e-2 if "prompt" in method or "prefix" in method or "tuning" in method else OTHERWISE)
+
+
+def method_configs() -> dict[str, type]:
+    """Return the configuration class of every registered method by its name on the command line."""
+    from inlay.method import METHODS, load_built_in
+
+    load_built_in()
+    return {name.lower().replace("_", "-"): method.config for name, method in METHODS.items()}
+
+
+def check_method(name: str) -> None:
+    """Raise UserError unless the command line knows the method."""
+    known = [*method_configs(), *BASELINES]
+    if name not in known:
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+
+
+def own_options(name: str) -> list[Field[Any]]:
+    """Return the fields of a method's configuration that a user may set."""
+    config = method_configs().get(name)
+    if config is None:
+        return []
+    hidden = SET_BY_THE_RUN | set(getattr(config, "not_implemented", ())) | set(FIXED.get(name, ()))
+    return [f for f in fields(config) if f.init and f.name not in hidden]
+
+
+def default_of(f: Field[Any]) -> Any:
+    """Return a field's default value."""
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """Return the type of each field of a method's configuration."""
+    return typing.get_type_hints(method_configs()[name])
+
+
+def option_help(name: str) -> dict[str, str]:
+    """Return what a method's documentation says of each option."""
+    from docstring_parser import parse
+
+    documented: dict[str, str] = {}
+    for config in reversed(method_configs()[name].__mro__):
+        for told in parse(config.__doc__ or "").params:
+            documented |= dict.fromkeys(told.arg_name.split(", "), one_line(told.description or ""))
+    return documented
+
+
+def summary(name: str) -> str:
+    """Return what a method is, in one line: the first of its file."""
+    if name in BASELINES:
+        return BASELINES[name]
+    from inlay.method import METHODS
+
+    module = sys.modules[METHODS[name.upper().replace("-", "_")].__module__]
+    return (module.__doc__ or "").strip().partition("\n")[0]
+
+
+def chosen_method(argv: Sequence[str]) -> str:
+    """Return the method that a command line or its YAML file names; empty where neither does."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method", "--method.name", dest="method")
+    peek.add_argument("--config", action="append", default=[])
+    seen, _ = peek.parse_known_args(list(argv))
+    for path in reversed(seen.config if seen.method is None else []):
+        method = _read_yaml(path).get("method")
+        if isinstance(method, str):
+            raise UserError(f"{path}: write 'method: {{name: {method}}}', because a method's options stand beside its name")
+        if isinstance(method, dict) and "name" in method:
+            return str(method["name"])
+    return seen.method or ""
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no options (key: value lines)")
+    return values

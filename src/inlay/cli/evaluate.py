@@ -1,0 +1,37 @@
+"""``inlay evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .data import read_table
+from .engine import Engine, match_share, tidy
+from .errors import UserError
+from .files import check_new, write_json
+from .models import load_trained
+from .options import Evaluate
+from .tasks import task_class
+
+
+def run(options: Evaluate) -> None:
+    """Print the metrics of a trained model on labelled rows.
+
+    Raises:
+        UserError: the model or the data does not fit.
+    """
+    output = None if options.output is None else check_new(options.output, overwrite=options.overwrite)
+    model, task = load_trained(options.adapter, options.model, options.dtype)
+    if options.generate and not (task.generates and "prompt" in task.settings.inputs):
+        raise UserError("--generate counts exact responses: the model must have been trained on prompts with responses")
+    layouts = [layout for layout in task_class(task.settings.task).layouts if set(layout.inputs) <= set(task.settings.inputs)]
+    table = read_table(options.data, layouts, task.settings.columns)
+    engine = Engine(model, task, options.batch_size, options.precision, options.max_new_tokens)
+    metrics = tidy(engine.predict(task.encode(table)).metrics)
+    if options.generate:
+        generated = [answer["generated"] for answer in task.answer(engine, table)]
+        metrics["exact_match"] = match_share(generated, table["response"])
+    report = {"data": options.data, "rows": len(table), **metrics}
+    if output is not None:
+        write_json(Path(output), report)
+    print(json.dumps(report, indent=2))

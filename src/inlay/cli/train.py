@@ -1,0 +1,184 @@
+"""``inlay train``."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from dataclasses import fields
+from typing import Any
+
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+from . import catalogue
+from .curves import draw_curves
+from .data import Table, read_table
+from .engine import TaskTrainer, accepted, arguments, tidy
+from .errors import UserError, did_you_mean, told_as
+from .files import is_main_process, new_file, new_folder, write_json
+from .models import adapt, input_limit, load_base, load_config, model_place, save_trained
+from .options import Train
+from .progress import LogWhenSaving, Progress
+from .runs import Run, versions
+from .tasks import task_class
+from .tasks.base import Settings, Task
+
+
+def run(options: Train) -> None:
+    """Train, evaluate and save.
+
+    Raises:
+        UserError: an option, the data or the model does not fit; earlier results are as they were.
+    """
+    started = time.monotonic()
+    catalogue.check_method(options.method.name)
+    if options.learning_rate is None:
+        options.learning_rate = catalogue.learning_rate(options.method.name)
+    if options.patience is not None and options.eval_data is None:
+        raise UserError("--patience counts evaluations: give --eval-data")
+    place, here = model_place(options.model), Run(options)
+    task, rows = _prepare(options, place)
+    trainer = _trainer(options, place, here, task, rows)
+    checkpoint = here.begin()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    evaluation = tidy(trainer.evaluate()) if len(rows) > 1 else {}
+    if trainer.is_world_process_zero():
+        _save(here, task, trainer, evaluation, round(time.monotonic() - started, 1))
+
+
+def _prepare(options: Train, place: str) -> tuple[Task, list[Dataset]]:
+    """Return the task and the encoded rows: training, and evaluation if there is one."""
+    kind = task_class(options.task)
+    tables = [read_table(options.train_data, kind.layouts, options.columns, split="train")]
+    layouts = (tables[0].layout,)
+    if options.eval_data is not None:
+        tables.append(read_table(options.eval_data, layouts, options.columns))
+    config = load_config(place, options.revision)
+    processor = kind.load_processor(place)
+    settings = Settings(
+        options.task, options.columns, list(tables[0].columns.keys() - set(layouts[0].targets)),
+        max_length=input_limit(options.max_length, config, processor), separator=options.separator, pack=options.pack,
+    )  # fmt: skip
+    kind.settle(settings, options, tables[0], config)
+    task = kind(settings, processor)
+    rows = [task.encode(table) for table in tables]
+    if task.cuts_long_rows and is_main_process():
+        _tell_cut_rows(tables[0], rows[0], settings.max_length)
+    return task, rows
+
+
+def _tell_cut_rows(table: Table, rows: Dataset, limit: int) -> None:
+    full = sum(len(ids) >= limit for ids in rows["input_ids"])
+    if full:
+        print(f"{full} of {len(table)} training rows reach --max-length {limit} and are cut there", file=sys.stderr)
+
+
+def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Dataset]) -> TaskTrainer:
+    set_seed(options.seed)  # before the new head and the adapter get their values
+    exact = options.method.name in catalogue.BASELINES and options.dtype == "auto"
+    base, fresh = load_base(place, task, "float32" if exact else options.dtype, options.revision)
+    select = accepted(base)
+    steps = _steps(options, len(rows[0]))
+    args = _arguments(options, task, here, steps, evaluated=len(rows) > 1)
+    model = adapt(base, options, task, fresh, steps)
+    _announce(options, model, rows, steps)
+    callbacks = [LogWhenSaving(), Progress()] + ([EarlyStoppingCallback(options.patience)] if options.patience else [])
+    return TaskTrainer(
+        task, model, args, group_by_length=options.group_by_length, callbacks=callbacks,
+        train_dataset=select(rows[0]), eval_dataset=select(rows[1]) if len(rows) > 1 else None,
+    )  # fmt: skip
+
+
+def _steps(options: Train, rows: int) -> int:
+    """Return the number of optimiser steps of the whole run."""
+    import os
+
+    if options.max_steps > 0:
+        return options.max_steps
+    batches = math.ceil(rows / (options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil(options.epochs * max(1, math.ceil(batches / options.accumulate)))
+
+
+def _arguments(options: Train, task: Task, here: Run, steps: int, *, evaluated: bool) -> TrainingArguments:
+    when = "epoch" if options.eval_steps is None else "steps"
+    metric, more_is_better = task.metric
+    chosen: dict[str, Any] = {
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.accumulate,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.schedule,
+        "warmup_steps": round(options.warmup * steps),
+        "weight_decay": options.weight_decay,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "dataloader_num_workers": options.workers,
+        "seed": options.seed,
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": when,
+        "eval_strategy": when if evaluated else "no",
+        "save_total_limit": 1,
+        "load_best_model_at_end": evaluated,
+        "metric_for_best_model": f"eval_{metric}" if evaluated else None,
+        "greater_is_better": more_is_better if evaluated else None,
+        "restore_callback_states_from_checkpoint": True,
+    }
+    if options.eval_steps is not None:
+        chosen |= {"eval_steps": options.eval_steps, "save_steps": options.eval_steps}
+    known = {f.name for f in fields(TrainingArguments) if f.init}
+    for name in options.trainer:
+        if name not in known:
+            raise UserError(f"--trainer.{name} is not an argument of transformers.TrainingArguments{did_you_mean(name, known)}")
+    with told_as("the training options"):
+        return arguments(str(here.checkpoints), options.eval_batch_size, options.precision, **(chosen | options.trainer))
+
+
+def _counts(model: Any) -> dict[str, float]:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
+
+
+def _announce(options: Train, model: Any, rows: list[Dataset], steps: int) -> None:
+    if is_main_process():
+        counts = _counts(model)
+        print(
+            f"{options.method.name}: trains {counts['trainable']:,} of {counts['total']:,} parameters ({counts['percent']:.4g} %);"
+            f" {' + '.join(f'{len(part):,}' for part in rows)} rows, {steps:,} steps, learning rate {options.learning_rate:g}",
+            file=sys.stderr,
+        )
+
+
+def _save(here: Run, task: Task, trainer: TaskTrainer, evaluation: dict[str, float], seconds: float) -> None:
+    options, state = here.options, trainer.state
+    whole = options.method.name in catalogue.BASELINES
+    place = here.folder / ("model" if whole else "adapter")
+    with new_folder(place) as folder:
+        save_trained(trainer.accelerator.unwrap_model(trainer.model), task, folder)
+    weights = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    report = {
+        "task": options.task,
+        "model": options.model,
+        "method": options.method.name,
+        "eval": evaluation,
+        "train": {
+            "loss": next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None),
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0.0, 4),
+            "best_step": state.best_global_step if evaluation else None,
+            "learning_rate": options.learning_rate,
+            "seed": options.seed,
+        },
+        "parameters": _counts(trainer.model) | {"bytes": weights},
+        "seconds": seconds,
+        "versions": versions(),
+    }
+    with new_file(here.folder / "curves.png") as path:
+        draw_curves(state.log_history, task.metric[0], path)
+    here.write_options(here.folder / "config.yaml")
+    write_json(here.folder / "metrics.json", report)
+    shutil.rmtree(here.folder / ("adapter" if whole else "model"), ignore_errors=True)  # of an overwritten run
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
+    print(f"{shown or 'no evaluation'}\n{place}  ({weights / 1e6:.2f} MB)")

@@ -1,0 +1,168 @@
+"""The thin products of LoRA and DoRA, and their gradients, with the wide tensors touched as rarely as possible.
+
+    x[n, in]  W[out, in]  A[r, in]  B[out, r]  S[n, r]  dY[n, out]  keep[n, in] (int8, 1 where dropout keeps)
+
+Everything works on matrices and in the dtype of x. A masked activation exists one block of rows at a time, in a scratch
+tensor that stays in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What fits the second-level cache of one core beside the other operands of a product.
+_BLOCK_BYTES_PER_THREAD = 1 << 18
+
+
+def rows_of(wide: Tensor) -> Tensor:
+    """wide[..., k] as a dense matrix [n, k]."""
+    return wide.reshape(-1, wide.shape[-1]).contiguous()
+
+
+def linear_output(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y[..., out] = x W' + bias for `rows` = rows_of(x), and y's rows as a view of it.
+
+    y itself is no view: autograd forbids in-place operations on a view that a custom function returns.
+    """
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y_rows = y.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=y_rows)
+    else:
+        torch.addmm(bias, rows, weight.T, out=y_rows)
+    return y, y_rows
+
+
+def project(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
+    """S[n, r] = (x * keep) A'."""
+    columns = a.T.contiguous()
+    if keep is None:
+        return _thin(x @ columns)
+    s = x.new_empty(x.shape[0], a.shape[0])
+    for rows, dropped in _dropped_blocks(x, keep):
+        torch.mm(dropped, columns, out=s[rows])
+    return _thin(s)
+
+
+def add_delta(y: Tensor, s: Tensor, b: Tensor, gain: float) -> Tensor:
+    """y[n, out] += gain * S B', in place."""
+    return y.addmm_(s, b.T.contiguous(), alpha=gain)
+
+
+def linear_grads(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    keep: Tensor | None,
+    s: Tensor | None,
+    gain: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX[n, in], dW, dA, dB) of x W' + gain S B', None where `needed` (x, W, bias, A, B) says so.
+
+    `x` may be None if neither W nor A needs a gradient, `s` if B needs none.
+    """
+    dx = dw = da = db = None
+    x = None if x is None else rows_of(x)
+    if needed[0] or needed[3]:
+        ds = _thin(dy @ b.to(dy.dtype))
+        if needed[0]:
+            dx = _grad_of_input(dy, weight, ds, a.to(dy.dtype), keep, gain)
+        if needed[3]:
+            assert x is not None
+            da = _grad_of_a(ds, x, keep).mul_(gain).to(a.dtype)
+    if needed[1]:
+        assert x is not None
+        dw = dy.T @ x
+    if needed[4]:
+        assert s is not None
+        db = (s.T @ dy).mul_(gain).T.to(b.dtype)
+    return dx, dw, da, db
+
+
+def _grad_of_input(dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, keep: Tensor | None, gain: float) -> Tensor:
+    if keep is None:
+        return (dy @ weight).addmm_(ds, a, alpha=gain)
+    # The thin product first: masked while it is in cache, it then costs the wide product only an accumulation.
+    dx = dy.new_empty(dy.shape[0], a.shape[1])
+    mask = scratch_for(dx)
+    for rows in row_blocks(dx):
+        torch.mm(ds[rows], a, out=dx[rows]).mul_(mask[: rows.stop - rows.start].copy_(keep[rows]))
+    return dx.addmm_(dy, weight, beta=gain)
+
+
+def _grad_of_a(ds: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return ds.T @ x
+    # Partial sums in bf16 would lose what one long product keeps in its fp32 accumulator.
+    da = torch.zeros(ds.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for rows, dropped in _dropped_blocks(x, keep):
+        da += ds[rows].T @ dropped
+    return da
+
+
+def _thin(s: Tensor) -> Tensor:
+    """s[n, r] in the memory order in which wide products with it are fastest."""
+    # fp32: accumulating S B' into y[1024, 512] takes 0.16 ms from columns, 0.23 ms from rows; bf16: no difference.
+    return s.T.contiguous().T if s.dtype in (torch.float32, torch.float64) else s
+
+
+def _dropped_blocks(x: Tensor, keep: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of x * keep, each in the scratch memory of the one before."""
+    scratch = scratch_for(x)
+    for rows in row_blocks(x):
+        yield rows, scratch[: rows.stop - rows.start].copy_(keep[rows]).mul_(x[rows])
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    for start in range(0, x.shape[0], _block_rows(x)):
+        yield slice(start, min(start + _block_rows(x), x.shape[0]))
+
+
+def scratch_for(x: Tensor) -> Tensor:
+    return x.new_empty(min(_block_rows(x), x.shape[0]), x.shape[1])
+
+
+def _block_rows(x: Tensor) -> int:
+    if x.device.type != "cpu":
+        return max(x.shape[0], 1)
+    row_bytes = max(x.shape[1], 1) * x.element_size()
+    return max(16, _BLOCK_BYTES_PER_THREAD * torch.get_num_threads() // row_bytes)
+
+
+def differentiable_grads(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    constants: Sequence[Any],
+    needed: Sequence[bool],
+    dy: Tensor,
+    x_shape: torch.Size,
+) -> list[Tensor | None]:
+    """Gradients of function(*inputs, *constants) that can themselves be differentiated (create_graph=True).
+
+    `inputs[0]` is x, which may be None if it was not kept.
+
+    Raises:
+        RuntimeError: if B needs a gradient but x was not kept, because A is frozen.
+    """
+    x, weight = inputs[0], inputs[1]
+    assert weight is not None
+    if x is None:
+        if needed[4]:
+            raise RuntimeError(
+                "a second derivative through lora_B needs the layer's input, which is not kept while lora_A is frozen; "
+                "let lora_A require a gradient"
+            )
+        # The gradients asked for are linear in dY and do not depend on the value of x.
+        x = weight.new_zeros(x_shape, requires_grad=True)
+    # Views, so that one tensor given as two inputs still gets two separate gradients.
+    views = [None if t is None else t.view_as(t) for t in (x, *inputs[1:])]
+    wanted = [t for t, need in zip(views, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*views, *constants), wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needed]
