@@ -24,9 +24,10 @@ _WHERE = {
     "method": "METHODS Method Slot",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
-    "peft_model": "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
-    "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
+    "peft_model": "PeftModel",
     "status": "get_layer_status get_model_status",
+    "tasks": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
+    "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 _ALIASES = {"LoraModel": "AdaptedModel", "LoraLayer": "AdaptedLayer", "BaseTuner": "AdaptedModel", "BaseTunerLayer": "AdaptedLayer"}
@@ -84,13 +85,13 @@ if TYPE_CHECKING:
     from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .peft_model import PeftModel as PeftModel
-    from .peft_model import PeftModelForCausalLM as PeftModelForCausalLM
-    from .peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-    from .peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-    from .peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-    from .peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-    from .peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
-    from .peft_model import get_peft_model as get_peft_model
-    from .peft_model import inject_adapter_in_model as inject_adapter_in_model
+    from .tasks import PeftModelForCausalLM as PeftModelForCausalLM
+    from .tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from .tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .tasks import get_peft_model as get_peft_model
+    from .tasks import inject_adapter_in_model as inject_adapter_in_model
     from .status import get_layer_status as get_layer_status
     from .status import get_model_status as get_model_status

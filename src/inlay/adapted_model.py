@@ -15,7 +15,10 @@ from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
 from .injection import inject, remove, resolve
 from .layer import AdaptedLayer
 from .method import Slot
+from .replication import replicate_layers
 from .switch import Switch
+from .tied import note_untied
+from .torch_fast_paths import restore_fast_paths
 from .walk import places, wrappers
 
 
@@ -45,6 +48,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self._wrapped: list[nn.Module] | None = None  # the wrappers of the model, until they change
         present = next((w for _, w in wrappers(model)), None)
         self.switch: Switch = Switch() if present is None else _switch_of(present)
         self.peft_config: dict[str, PeftConfig] = dict(getattr(model, "peft_config", {})) if present is not None else {}
@@ -72,11 +76,16 @@ class AdaptedModel(nn.Module):
         """Set another adapter into the model. The first one becomes active; later ones wait for ``set_adapter``."""
         _check_name(name, self.peft_config)
         _check_bias(config, self.peft_config)
+        if ranges := getattr(config, "layer_replication", None):
+            if self.peft_config:
+                raise ValueError("layer_replication changes the base model, so only the first adapter may ask for it")
+            replicate_layers(self.model, ranges)
         config = resolve(self.model, config)
         trainable = [p for p in self.model.parameters() if p.requires_grad] if not self.peft_config else []
         for p in trainable:
             p.requires_grad_(False)
         try:
+            self._wrapped = None
             inject(self.model, config, name, self.switch, initialise=not low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
         except BaseException:
             for p in trainable:
@@ -131,11 +140,16 @@ class AdaptedModel(nn.Module):
 
     def layers(self) -> Iterator[AdaptedLayer]:
         """Yield the adapted layers in the order of the model's modules."""
-        yield from (w for _, w in wrappers(self.model) if isinstance(w, AdaptedLayer))
+        yield from (w for w in self._wrappers() if isinstance(w, AdaptedLayer))
 
     def saved_modules(self) -> Iterator[ModulesToSaveWrapper]:
         """Yield the wrappers of modules that are trained and saved whole."""
-        yield from (w for _, w in wrappers(self.model) if isinstance(w, ModulesToSaveWrapper))
+        yield from (w for w in self._wrappers() if isinstance(w, ModulesToSaveWrapper))
+
+    def _wrappers(self) -> list[nn.Module]:
+        if self._wrapped is None:
+            self._wrapped = [w for _, w in wrappers(self.model)]
+        return self._wrapped
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; nothing of it stays behind.
@@ -149,6 +163,7 @@ class AdaptedModel(nn.Module):
             raise ValueError(f"Adapter {adapter_name} is merged into the base weights; call unmerge_adapter() first")
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
+        self._wrapped = None
         del self.peft_config[adapter_name]
         left = tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
         self.switch.change(active=())
@@ -243,7 +258,7 @@ class AdaptedModel(nn.Module):
         return self._bare()
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was before any adapter."""
+        """Return the base model as it was before any adapter (blocks that ``layer_replication`` made stay)."""
         self.unmerge_adapter()
         for place in places(self.model).values():
             if place.wrapper is not place.module:
@@ -253,6 +268,9 @@ class AdaptedModel(nn.Module):
     def _bare(self) -> nn.Module:
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        note_untied(self.model)
+        restore_fast_paths(self.model)
+        self._wrapped = None
         return self.model
 
     def _check_not_replicated(self) -> None:

@@ -6,8 +6,8 @@ import os
 from typing import Any, ClassVar
 
 from .config import HUB_ARGUMENTS, PeftConfig
-from .peft_model import (
-    PeftModel,
+from .peft_model import PeftModel
+from .tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -68,17 +68,11 @@ class AutoPeftModel:
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
         if saved.task_type is not None:
-            return getattr(transformers, next(c.auto_class for c in AUTO_CLASSES if c.peft_class is _peft_class(saved) and c.auto_class))
+            return getattr(transformers, next(c.auto_class for c in AUTO_CLASSES if c.peft_class is PeftModel.for_task[saved.task_type]))
         name = (saved.auto_mapping or {}).get("base_model_class")
         if name is None or not hasattr(transformers, name):
             raise ValueError(f"the adapter names no task and the base class {name!r}, which transformers does not have; use a task's own AutoPeftModelFor...")
         return getattr(transformers, name)
-
-
-def _peft_class(saved: PeftConfig) -> type[PeftModel]:
-    from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
-    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[saved.task_type]
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_model import AdaptedModel
-from .config import CONFIG_NAME, PeftConfig
-from .errors import AdapterFileError
+from .config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
+from .errors import AdapterFileError, PeftWarning
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
@@ -27,6 +29,8 @@ from .walk import wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
+WHOLE_EMBEDDING = (".base_layer.weight", *(f"{name}.weight" for name in EMBEDDINGS))
+"""Endings of the keys of such embeddings."""
 
 
 class IncompatibleKeys(NamedTuple):
@@ -96,7 +100,7 @@ def set_peft_model_state_dict(
     keys = disk_keys(model, adapter_name)
     memory = {disk: name for name, disk in keys.items()}
     live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    base = {name: name for name in live if name.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight"))}
+    base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
     wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict}
     wrong = [(d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape]
     if wrong and not ignore_mismatched_sizes:
@@ -105,24 +109,28 @@ def set_peft_model_state_dict(
     fitting = {d: m for d, m in wanted.items() if m is not None and (d, m) not in wrong}
     with torch.no_grad():
         for disk, name in fitting.items():
-            _put(model, name, live[name], peft_model_state_dict[disk])
+            present, value = live[name], peft_model_state_dict[disk]
+            if present.device.type != "meta":
+                present.copy_(value)
+            else:
+                _replace(model, [n for n, t in live.items() if t is present], present, value)
     missing = [name for name, disk in keys.items() if disk not in fitting]
     return IncompatibleKeys(missing, [disk for disk, name in wanted.items() if name is None])
 
 
-def _put(model: nn.Module, name: str, present: Tensor, value: Tensor) -> None:
-    if present.device.type != "meta":
-        present.copy_(value)
-        return
-    path, _, attribute = name.rpartition(".")
-    owner: Any = model.get_submodule(path)
-    layer = next(m for _, m in _ancestors(model, path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)))
+def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
+    """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
+    owner_path = names[0].rpartition(".")[0]
+    layer = next(m for _, m in _ancestors(model, owner_path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)))
     device = layer.kind.device if isinstance(layer, AdaptedLayer) else next(layer.original_module.parameters()).device
     parameter = nn.Parameter(value.to(device), requires_grad=present.requires_grad)
-    if isinstance(owner, nn.ParameterDict):
-        owner[attribute] = parameter
-    else:
-        setattr(owner, attribute, parameter)
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        if isinstance(owner, nn.ParameterDict):
+            owner[attribute] = parameter
+        else:
+            setattr(owner, attribute, parameter)
 
 
 def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
@@ -145,7 +153,7 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     for path, wrapper in wrappers(bare):
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
             slot = wrapper.slots[adapter_name]
-            for name in () if slot.shared else slot.parameters():
+            for name in () if slot.owner else slot.parameters():
                 column, _, rest = name.partition(".")
                 disk = _respell(name, slot.method.on_disk)
                 keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = f"{prefix}{path}.{disk}"
@@ -225,6 +233,56 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     return tensors
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter as it was found: its configuration and its tensors by their keys on disk."""
+
+    origin: Any
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def find(
+        cls,
+        origin: str | os.PathLike[str],
+        config: PeftConfig | None,
+        is_trainable: bool,
+        device: str | torch.device | None,
+        key_mapping: dict[str, str] | None,
+        ephemeral_gpu_offload: bool,
+        kwargs: dict[str, Any],
+    ) -> SavedAdapter:
+        """Read an adapter from a folder or the hub; the arguments are those of ``PeftModel.from_pretrained``."""
+        if ephemeral_gpu_offload:
+            raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
+        if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
+            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
+        hub = {k: v for k, v in kwargs.items() if k not in unknown}
+        loaded = PeftConfig.from_pretrained(origin, **hub) if config is None else config
+        tensors = load_peft_weights(origin, device, key_mapping, **hub)
+        return cls(origin, replace(loaded, inference_mode=not is_trainable), tensors)
+
+    def put_into(self, model: nn.Module, name: str, low_cpu_mem_usage: bool) -> IncompatibleKeys:
+        """Set the tensors as an adapter's values, if and only if they are exactly what it needs.
+
+        Raises:
+            AdapterFileError: tensors are missing, unknown, or of another shape; nothing is changed then.
+        """
+        expected = set(disk_keys(model, name).values())
+        missing = sorted(expected - self.tensors.keys())
+        unexpected = sorted(key for key in self.tensors.keys() - expected if not key.endswith(WHOLE_EMBEDDING))
+        if missing or unexpected:
+            raise AdapterFileError(
+                f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has {_some(unexpected)} "
+                "that the model does not know: is it an adapter of another base model, or was another configuration passed?"
+            )
+        return set_peft_model_state_dict(model, self.tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
 
 
 __all__ = ["CONFIG_NAME", "IncompatibleKeys", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"]

@@ -18,6 +18,8 @@ from .method import METHODS, Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokensConfig
 from .switch import Switch
 from .targets import ALL_LINEAR, default_targets, find_targets, linear_paths, matches
+from .tied import check_tying, tie_copies, tied_places, with_tied
+from .torch_fast_paths import keep_modules_called, restore_fast_paths
 from .walk import Place, adapted_layers, places
 
 
@@ -34,8 +36,8 @@ class Plan:
 def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
-    if getattr(settled, "target_modules", None) is None and not getattr(settled, "target_parameters", None):
-        settled.target_modules = default_targets(model)
+    if settled.target_modules is None:
+        settled.target_modules = default_targets(model, required=not getattr(settled, "target_parameters", None))
     elif settled.target_modules == ALL_LINEAR:
         settled.target_modules = set(linear_paths(model, settled.task_type)) - set(find_saved(model, settled.modules_to_save or ()))
     return settled
@@ -50,12 +52,14 @@ def plan(model: nn.Module, config: Any) -> Plan:
     """
     known = places(model)
     saved = [known[path] for path in find_saved(model, getattr(config, "modules_to_save", None) or ())]
+    if getattr(config, "ensure_weight_tying", False):
+        saved = with_tied(saved, known)
     tokens = _token_places(model, config, known)
     inside_saved = [place for place in known.values() if any(s in place.inside or s is place.module for s in (p.module for p in saved))]
     blocked = {place.path for place in inside_saved}
     paths = find_targets((path for path in known if path not in blocked), config) if config.target_modules else []
     layers = [(known[path], "weight") for path in paths]
-    layers += list(_parameter_places(known, getattr(config, "target_parameters", None) or ()))
+    layers += [item for item in _parameter_places(known, getattr(config, "target_parameters", None) or ()) if item not in layers]
     if not layers:
         raise NoMatchingPeftModuleError(
             f"Nothing was targeted for adaptation: target_modules={config.target_modules or None}, "
@@ -70,6 +74,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
             raise ValueError(f"trainable_token_indices names {place.path}, which the adapter already targets; choose one of the two")
     if len({p.module for p in saved} & {p.module for p, _ in tokens}):
         raise ValueError("trainable_token_indices and modules_to_save name the same embedding; choose one of the two")
+    check_tying(config, [p for p, _ in layers], saved, known)
     return Plan(method_by_name(config.method_name())(), _with_out_projections(known, layers), saved, tokens)
 
 
@@ -132,6 +137,8 @@ def inject(model: nn.Module, config: Any, name: str, switch: Switch, *, initiali
             slots += _add_token_rows(model, place, rows, name, switch)
         for place in chosen.saved:
             _save_whole(place, name, switch)
+        if getattr(config, "ensure_weight_tying", False):
+            tie_copies(chosen.saved, name)
         for slot in slots:
             _settle(slot, initialise, full_precision)
     except BaseException:
@@ -141,6 +148,10 @@ def inject(model: nn.Module, config: Any, name: str, switch: Switch, *, initiali
 
 
 def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
+    if slot.owner is not None:
+        for column in slot.parameters():
+            slot.layer.column(column)[slot.name] = slot.owner[column]
+        return
     if initialise:
         slot.method.init(slot)
     else:
@@ -167,14 +178,9 @@ def _wrap(place: Place, param: str, switch: Switch) -> AdaptedLayer:
     parent = place.inside[-1]
     read_through = isinstance(parent, nn.MultiheadAttention)
     new = AdaptedLayer(place.wrapper, kind, switch, read_through)
-    if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in place.inside):
-        new.register_forward_pre_hook(_keep_modules_called)
+    keep_modules_called(new, place.inside)
     place.replace(new)
     return new
-
-
-def _keep_modules_called(module: nn.Module, args: Any) -> None:
-    """Do nothing: a hook is what makes ``nn.TransformerEncoderLayer`` call its modules instead of reading their weights."""
 
 
 def _save_whole(place: Place, name: str, switch: Switch) -> None:
@@ -191,12 +197,10 @@ def _add_token_rows(model: nn.Module, place: Place, rows: list[int], name: str, 
     """Train rows of an embedding, and the same rows of the output layer that is tied to it."""
     method, config = METHODS["TRAINABLE_TOKENS"](), TrainableTokensConfig(token_indices=rows, target_modules=[place.path])
     slots = [_token_layer(place, switch).add(name, method, config, place.path)]
-    for tied in places(model).values():
-        if tied.module is not place.module and getattr(tied.module, "weight", None) is place.module.weight:
-            slot = _token_layer(tied, switch).add(name, method, config, tied.path)
-            slot.layer.column("trainable_tokens_delta")[name] = slots[0]["trainable_tokens_delta"]
-            slot.shared = True
-            slots.append(slot)
+    for tied in tied_places(place, places(model).values()):
+        slot = _token_layer(tied, switch).add(name, method, config, tied.path)
+        slot.owner = slots[0]
+        slots.append(slot)
     return slots
 
 
@@ -221,6 +225,7 @@ def remove(model: nn.Module, name: str) -> None:
             place.wrapper.remove(name)
         if (bare := _without_empty_wrappers(place.wrapper)) is not place.wrapper:
             place.replace(bare)
+    restore_fast_paths(model)
 
 
 def _without_empty_wrappers(module: nn.Module) -> nn.Module:

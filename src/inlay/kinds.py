@@ -106,6 +106,8 @@ class LayerKind:
 
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:
         """Return new, uninitialised factors ``(down, up)`` of a rank-r update."""
+        if up_bias and not self.bias:
+            raise ValueError(f"lora_bias=True is not supported on the parameter {self.param}, which has no bias; leave it at False")
         where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         down = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
         return down, nn.utils.skip_init(nn.Linear, r, self.out_features, bias=up_bias, **where)
@@ -252,7 +254,7 @@ class Embedding(LayerKind):
         assert isinstance(layer, nn.Embedding)
         self.in_features, self.out_features = layer.num_embeddings, layer.embedding_dim
         self.lookup: dict[str, Any] = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq}
-        self.scale = float(getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0)))  # type: ignore[arg-type]
+        self.layer = layer
 
     def matrix(self, w: Tensor) -> Tensor:
         return w.mT
@@ -273,7 +275,10 @@ class Embedding(LayerKind):
 
     def scaled(self, y: Tensor) -> Tensor:
         """Return looked-up rows as the layer puts them out."""
-        return y if self.scale == 1.0 else y * self.scale
+        scale = getattr(self.layer, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
 @layer_kind(lambda m, p: p != "weight" and getattr(m, p).dim() == 2)

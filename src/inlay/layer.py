@@ -132,6 +132,23 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         """Return the base weight as the canonical matrix W[..., out, in]."""
         return self.kind.matrix(self.store.read(self.host, self.kind.param))
 
+    def set_base_matrix(self, w: Tensor, name: str) -> None:
+        """Give the base layer another weight for good, as a canonical matrix. A layer tied to it keeps the present one.
+
+        Args:
+            w: the weight W[..., out, in]; it is stored in the present one's dtype and format.
+            name: the adapter that asks for it, which must be the only one on the layer.
+
+        Raises:
+            ValueError: other adapters were made for the present weight, or are merged into it.
+        """
+        if others := sorted(self.slots.keys() - {name}):
+            raise ValueError(
+                f"adapter {name!r} starts by changing the base weights, which adapters {others} were made for; give it a model of its "
+                "own, or convert it with save_pretrained(path_initial_model_for_weight_conversion=...) and load the result"
+            )
+        self._install(self.kind.param, self.store.wrap(self.host, self.kind.param, self.kind.native(w).contiguous()))
+
     def base_bias(self) -> Tensor | None:
         """Return the base bias b[out], or None."""
         bias = getattr(self.host, self.kind.bias, None) if self.kind.bias else None
@@ -259,8 +276,18 @@ class AdaptedLayer(LayerVerbs, nn.Module):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {slots[-1].name} seems to be broken")
         for key, value in tensors.items():
             self.originals.setdefault(key, getattr(self.host, key))
-            self._install(key, self.store.wrap(self.host, key, value) if key == self.kind.param else nn.Parameter(value, False))
+            self._install(key, self._parameter_for(key, value, slots))
         self.merged_adapters += [slot.name for slot in slots]
+
+    def _parameter_for(self, key: str, value: Tensor, slots: Sequence[Slot]) -> nn.Parameter:
+        if key != self.kind.param:
+            return nn.Parameter(value, requires_grad=False)
+        owners = [slot.owner for slot in slots]
+        first = owners[0]
+        if first is not None and all(o is not None and o.name in o.layer.merged_adapters for o in owners):
+            tied: nn.Parameter = getattr(first.layer.host, first.kind.param)
+            return tied
+        return self.store.wrap(self.host, key, value)
 
     def unmerge(self) -> None:
         """Put the base layer's own parameters back, bit for bit."""

@@ -39,7 +39,7 @@ class Slot:
     def __init__(self, layer: AdaptedLayer, name: str, method: Method, config: PeftConfig) -> None:
         self.layer, self.name, self.method, self.config = layer, name, method, config
         self.columns: list[str] = []
-        self.shared = False  # whether its parameters belong to another slot, which is the one that is saved
+        self.owner: Slot | None = None  # the slot whose parameters these are, where two tied layers share them
         self.cache: dict[str, Any] = {}
 
     def __getitem__(self, column: str) -> Any:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
 from . import hub
 from .adapted_model import AdaptedModel
-from .checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from .config import HUB_ARGUMENTS, PeftConfig, TaskType
-from .errors import AdapterFileError, PeftWarning
+from .checkpoint import IncompatibleKeys, SavedAdapter, get_peft_model_state_dict, load_peft_weights
+from .config import PeftConfig, TaskType
 from .files import check_folder, write_tensors
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .switch import BASE
-from .targets import model_config
+from .targets import base_name
 from .training.trainer import teach_trainer
 
 
@@ -38,8 +37,15 @@ class PeftModel(nn.Module):
         ValueError: the configuration does not fit the model, which is then unchanged.
     """
 
-    heads: tuple[str, ...] = ()
+    heads: ClassVar[tuple[str, ...]] = ()
     """Names of the head that a task of this class trains and saves whole."""
+    for_task: ClassVar[dict[Any, type[PeftModel]]] = {}
+    """The class of each task."""
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel.for_task[task] = cls
 
     def __init__(
         self,
@@ -59,8 +65,6 @@ class PeftModel(nn.Module):
 
     def _with_heads(self, config: Any) -> PeftConfig:
         if self.heads and hasattr(config, "modules_to_save"):
-            from dataclasses import replace
-
             names = list(config.modules_to_save or [])
             return cast("PeftConfig", replace(config, modules_to_save=names + [h for h in self.heads if h not in names]))
         return cast("PeftConfig", config)
@@ -227,15 +231,15 @@ class PeftModel(nn.Module):
             raise ValueError(
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {list(self.peft_config)} - got {unknown}."
             )
-        for name in names:
-            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+        states = {n: get_peft_model_state_dict(self, state_dict, n, save_embedding_layers=save_embedding_layers) for n in names}
+        if not is_main_process:
+            return
+        for name, tensors in states.items():
             config = self._config_to_save(name)
             if path_initial_model_for_weight_conversion is not None:
                 from .inits.conversion import to_plain_lora
 
                 tensors, config = to_plain_lora(tensors, config, load_peft_weights(path_initial_model_for_weight_conversion))
-            if not is_main_process:
-                continue
             target = folder if name == "default" else folder / name
             target.mkdir(parents=True, exist_ok=True)
             write_tensors(target, tensors, safe_serialization)
@@ -243,13 +247,10 @@ class PeftModel(nn.Module):
             hub.write_model_card(target, config)
 
     def _config_to_save(self, name: str) -> PeftConfig:
-        from dataclasses import replace
-
-        config = self.peft_config[name]
-        base = self.get_base_model()
+        config, base = self.peft_config[name], self.get_base_model()
         changes: dict[str, Any] = {}
         if config.base_model_name_or_path is None:
-            changes["base_model_name_or_path"] = getattr(base, "name_or_path", None) or model_config(base).get("_name_or_path") or None
+            changes["base_model_name_or_path"] = base_name(base)
         if config.task_type is None:
             changes["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         return replace(config, **changes)
@@ -286,16 +287,19 @@ class PeftModel(nn.Module):
             ValueError: there is no adapter at ``model_id``.
             AdapterFileError: it is truncated or does not fit the model, which is then unchanged.
         """
-        hub_kwargs = _hub_arguments(kwargs, ephemeral_gpu_offload)
-        config = _load_config(model_id, config, is_trainable, hub_kwargs)
-        tensors = load_peft_weights(model_id, key_mapping=key_mapping, **hub_kwargs)
-        chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
-        peft_model = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        from . import tasks  # noqa: F401  (fills ``for_task``)
+
+        saved = SavedAdapter.find(model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs)
+        chosen = cls if cls is not PeftModel else cls.for_task.get(saved.config.task_type, cls)
+        frozen = [p for p in model.parameters() if p.requires_grad]
+        peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
-            peft_model._load(tensors, adapter_name, model_id, low_cpu_mem_usage)
+            saved.put_into(peft_model, adapter_name, low_cpu_mem_usage)
         except BaseException:
-            peft_model.base_model.delete_adapter(adapter_name)
+            peft_model.delete_adapter(adapter_name)
             peft_model.unload()
+            for p in frozen:
+                p.requires_grad_(True)
             raise
         peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)
         peft_model.eval()
@@ -320,14 +324,12 @@ class PeftModel(nn.Module):
         Returns:
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
-        hub_kwargs = _hub_arguments(kwargs, ephemeral_gpu_offload)
-        tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_kwargs)
+        saved = SavedAdapter.find(model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs)
         new = adapter_name not in self.peft_config
         if new:
-            config = _load_config(model_id, None, is_trainable, hub_kwargs)
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            self.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            result = self._load(tensors, adapter_name, model_id, low_cpu_mem_usage)
+            result = saved.put_into(self, adapter_name, low_cpu_mem_usage)
         except BaseException:
             if new:
                 self.delete_adapter(adapter_name)
@@ -336,24 +338,12 @@ class PeftModel(nn.Module):
             self.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return result
 
-    def _load(self, tensors: dict[str, torch.Tensor], name: str, origin: Any, low_cpu_mem_usage: bool) -> IncompatibleKeys:
-        expected = set(get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False))
-        missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-        unexpected = [k for k in unexpected if not k.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight"))]
-        if missing or unexpected:
-            raise AdapterFileError(
-                f"{origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has {_some(unexpected)} that the model "
-                "does not know: is it an adapter of another base model, or was another configuration passed?"
-            )
-        result = set_peft_model_state_dict(self, tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
-        return result
-
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""
         hub.write_model_card(Path(output_dir), self._config_to_save(self.active_adapter))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save to a temporary folder and upload it; see ``inlay.hub.push_folder``. Returns the commit's address."""
+        """Save to a temporary folder and upload it; see ``inlay.hub.push``. Returns the commit's address."""
         return hub.push(self, repo_id, **kwargs)
 
     # ------------------------------------------------------------------ gradient checkpointing
@@ -367,127 +357,4 @@ class PeftModel(nn.Module):
         """Make the embeddings' outputs require gradients: a checkpointed block is only differentiated if its inputs do."""
         base: Any = self.get_base_model()
         if hasattr(base, "enable_input_require_grads"):
-            with nullcontext():
-                base.enable_input_require_grads()
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier; its head is trained and saved."""
-
-    heads = ("classifier", "score")
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """A token classifier; its head is trained and saved."""
-
-    heads = ("classifier", "score")
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answerer; its head is trained and saved."""
-
-    heads = ("qa_outputs",)
-
-
-class PeftModelForCausalLM(PeftModel):
-    """A causal language model."""
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """An encoder-decoder language model."""
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """A model whose hidden states are used."""
-
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Return a base model with a new adapter, in the class of the configuration's task.
-
-    Args:
-        model: the base model; it is changed in place.
-        peft_config: what to add; it is copied, not changed.
-        adapter_name: name of the adapter.
-        mixed: accepted for compatibility; adapters of several methods can always be mixed.
-        autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
-        revision: revision of the base model, recorded in the adapter's file.
-        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
-
-    Raises:
-        ValueError: the configuration does not fit the model, or the model already is a ``PeftModel``.
-    """
-    from dataclasses import replace
-
-    if isinstance(model, PeftModel):
-        raise ValueError("the model already is a PeftModel; use model.add_adapter(name, config) for another adapter, or model.unload() first")
-    name = getattr(model, "name_or_path", None) or model_config(model).get("_name_or_path") or None
-    changes = {"base_model_name_or_path": name or peft_config.base_model_name_or_path, "revision": revision or peft_config.revision}
-    config = replace(peft_config, **changes)
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    return cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> nn.Module:
-    """Set an adapter into a model without wrapping the model, and return the model.
-
-    Args:
-        peft_config: what to add.
-        model: the model; it is changed in place and keeps its class.
-        adapter_name: name of the adapter.
-        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
-        state_dict: a saved adapter's tensors: exactly the modules that it names are adapted. Its values are not loaded.
-
-    Raises:
-        ValueError: the configuration does not fit the model, which is then unchanged.
-    """
-    from dataclasses import replace
-
-    if state_dict is not None:
-        found = {key[: key.index(".lora_")] for key in state_dict if ".lora_" in key}
-        peft_config = replace(cast("Any", peft_config), target_modules={f.removeprefix("base_model.model.") for f in found})
-    adapted = AdaptedModel(model, peft_config, adapter_name, low_cpu_mem_usage)
-    cast("Any", model).peft_config = adapted.peft_config
-    return model
-
-
-def _load_config(model_id: Any, config: PeftConfig | None, is_trainable: bool, hub_kwargs: dict[str, Any]) -> PeftConfig:
-    from dataclasses import replace
-
-    loaded = PeftConfig.from_pretrained(model_id, **hub_kwargs) if config is None else config
-    return replace(loaded, inference_mode=not is_trainable)
-
-
-def _hub_arguments(kwargs: dict[str, Any], ephemeral_gpu_offload: bool) -> dict[str, Any]:
-    if ephemeral_gpu_offload:
-        raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
-    if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
-        warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
-    return {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS or k == "subfolder"}
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+            base.enable_input_require_grads()

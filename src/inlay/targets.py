@@ -41,17 +41,19 @@ DEFAULT_TARGETS: dict[str, Collection[str] | str] = {
 """The attention projections that LoRA adapts where the user names none, by ``config.model_type``."""
 
 
-def default_targets(model: nn.Module) -> Collection[str] | str:
+def default_targets(model: nn.Module, required: bool = True) -> Collection[str] | str | None:
     """Return the usual target modules for a model's type.
 
     Raises:
-        ValueError: the type is unknown.
+        ValueError: the type is unknown, and ``required``.
     """
     model_type = model_config(model).get("model_type")
     if model_type in DEFAULT_TARGETS:
         targets = DEFAULT_TARGETS[model_type]
         paths = [path for path, _ in model.named_modules()]
         return targets if isinstance(targets, str) else {t for t in targets if any(matches(path, [t]) for path in paths)}
+    if not required:
+        return None
     raise ValueError(
         "Please specify `target_modules` or `target_parameters` in `peft_config`: there is no default for "
         f"{type(model).__name__} (model_type={model_type!r}); 'all-linear' adapts every linear layer but the head"
@@ -65,6 +67,11 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         return config or {}
     values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     return values
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return the folder or hub id that a model was loaded from, or None."""
+    return getattr(model, "name_or_path", None) or model_config(model).get("_name_or_path") or None
 
 
 def find_targets(paths: Iterable[str], config: Any) -> list[str]:

@@ -1,0 +1,69 @@
+"""Weights that two modules share, such as an input embedding and the output layer of a language model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import PeftWarning
+from .extras import ModulesToSaveWrapper
+from .walk import Place
+
+
+def tied_places(place: Place, known: Iterable[Place]) -> list[Place]:
+    """Return the other places whose module has the very same weight."""
+    weight = getattr(place.module, "weight", None)
+    return [other for other in known if weight is not None and other.module is not place.module and getattr(other.module, "weight", None) is weight]
+
+
+def with_tied(saved: Sequence[Place], known: dict[str, Place]) -> list[Place]:
+    """Return modules to save together with all that share their weights."""
+    found = list(saved)
+    for place in saved:
+        found += [other for other in tied_places(place, known.values()) if all(other is not p for p in found)]
+    return found
+
+
+def tie_copies(saved: Sequence[Place], name: str) -> None:
+    """Let an adapter's copies of modules that share a weight share theirs as well."""
+    first: dict[int, nn.Parameter] = {}
+    for place in saved:
+        wrapper: Any = place.wrapper
+        copied = wrapper.modules_to_save[name]
+        copied.weight = first.setdefault(id(wrapper.original_module.weight), copied.weight)
+
+
+def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], known: dict[str, Place]) -> None:
+    """Warn where adapting one of two tied modules pulls them apart; refuse to keep LoRA's updates of both tied.
+
+    Raises:
+        ValueError: ``ensure_weight_tying`` is set and a tied module is adapted (not saved whole).
+    """
+    both = [(p.path, other.path) for p in (*adapted, *saved) for other in tied_places(p, known.values())]
+    if not both:
+        return
+    if not getattr(config, "ensure_weight_tying", False):
+        warnings.warn(
+            f"{both[0][0]} and {both[0][1]} share one weight, and the adapter changes only what it names: they are no longer tied. "
+            "Set ensure_weight_tying=True to keep modules_to_save and trained tokens tied.",
+            PeftWarning,
+            stacklevel=2,
+        )
+    elif any(tied_places(p, known.values()) for p in adapted):
+        raise ValueError(
+            f"ensure_weight_tying=True cannot keep low-rank updates of {both[0][0]} and {both[0][1]} tied; name them in modules_to_save, "
+            "train rows with trainable_token_indices, or leave ensure_weight_tying at False"
+        )
+
+
+def note_untied(model: nn.Module) -> None:
+    """Record in a model's configuration that its embeddings are no longer tied, so that saving it keeps both."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    if all(e is not None and not isinstance(e, ModulesToSaveWrapper) for e in ends) and ends[0].weight is not ends[1].weight:
+        config.tie_word_embeddings = False
