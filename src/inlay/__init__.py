@@ -19,6 +19,8 @@ _WHERE = {
     "errors": "AdapterFileError NoMatchingPeftModuleError PeftError PeftWarning",
     "extras": "ModulesToSaveWrapper TrainableTokensWrapper",
     "inits": "EvaConfig LoftQConfig",
+    "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "inits.loftq_replace": "replace_lora_weights_loftq",
     "kbit": "prepare_model_for_kbit_training",
     "layer": "AdaptedLayer",
     "method": "METHODS Method Slot",
@@ -74,6 +76,9 @@ if TYPE_CHECKING:
     from .extras import TrainableTokensWrapper as TrainableTokensWrapper
     from .inits import EvaConfig as EvaConfig
     from .inits import LoftQConfig as LoftQConfig
+    from .inits.eva import get_eva_state_dict as get_eva_state_dict
+    from .inits.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from .inits.loftq_replace import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .layer import AdaptedLayer as AdaptedLayer
     from .layer import AdaptedLayer as BaseTunerLayer

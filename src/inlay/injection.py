@@ -152,9 +152,9 @@ def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
         for column in slot.parameters():
             slot.layer.column(column)[slot.name] = slot.owner[column]
         return
-    if initialise:
+    if initialise and slot.kind.device.type != "meta":
         slot.method.init(slot)
-    else:
+    elif not initialise:
         for column in slot.columns:
             if isinstance(entry := slot[column], nn.Module):
                 entry.to("meta")

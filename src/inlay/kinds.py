@@ -100,8 +100,8 @@ class LayerKind:
         """Sum an output-shaped tensor over everything but its features: the transpose of ``spread``."""
         return y.flatten(0, -2).sum(0)
 
-    def apply(self, x: Tensor, m: Tensor) -> Tensor:
-        """Return the layer's product of an input and a canonical matrix, without bias."""
+    def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return what the layer computes of an input with another canonical matrix and bias, rounded as the layer rounds."""
         raise TypeError(f"{type(self).__name__} has no product of its own; it runs with merged weights")
 
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:
@@ -141,8 +141,8 @@ class Linear(LayerKind):
         super().__init__(layer, param)
         self.in_features, self.out_features = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
-    def apply(self, x: Tensor, m: Tensor) -> Tensor:
-        return F.linear(x, m)
+    def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, m, b)
 
 
 def _is_gpt2_conv1d(m: nn.Module, p: str) -> bool:
@@ -165,6 +165,11 @@ class Conv1D(Linear):
         return w.mT
 
     native = matrix
+
+    def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ m.mT if b is None else torch.addmm(b, rows, m.mT)
+        return y.view(*x.shape[:-1], -1)
 
 
 @layer_kind(lambda m, p: p == "weight" and isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
@@ -197,7 +202,7 @@ class Conv(LayerKind):
         return m.reshape(self.out_features, -1, *self.kernel_size)
 
     def widen(self, m: Tensor) -> Tensor:
-        return m if self.groups == 1 else _block_diagonal(m, self.groups)
+        return _block_diagonal(m, self.groups) if m.shape[1] == self.in_features else m
 
     def adjust(self, layer: nn.Module, w: Tensor) -> None:
         layer.groups = self.in_channels // w.shape[1]  # type: ignore[assignment]
@@ -209,15 +214,15 @@ class Conv(LayerKind):
         axis = y.dim() - len(self.kernel_size) - 1
         return y.movedim(axis, -1).flatten(0, -2).sum(0)
 
-    def apply(self, x: Tensor, m: Tensor) -> Tensor:
+    def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
         w = self.native(m)
-        return self._convolve(x, w, groups=self.in_channels // w.shape[1])
+        return self._convolve(x, w, self.in_channels // w.shape[1], b)
 
-    def _convolve(self, x: Tensor, w: Tensor, groups: int) -> Tensor:
+    def _convolve(self, x: Tensor, w: Tensor, groups: int, b: Tensor | None = None) -> Tensor:
         geometry = self.geometry
         if self.padding_mode != "zeros":
             x, geometry = F.pad(x, self.edges, mode=self.padding_mode), geometry | {"padding": 0}
-        y: Tensor = self.function(x, w, **geometry, groups=groups)
+        y: Tensor = self.function(x, w, b, **geometry, groups=groups)
         return y
 
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:
@@ -261,7 +266,7 @@ class Embedding(LayerKind):
 
     native = matrix
 
-    def apply(self, x: Tensor, m: Tensor) -> Tensor:
+    def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
         return self.scaled(F.embedding(x, m.mT, **self.lookup))
 
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:

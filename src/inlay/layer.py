@@ -103,8 +103,7 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         """Run the base layer with other weights, leaving it untouched."""
         if self.kind.direct and (self.kind.standard or not self.store.plain):
             w, b = tensors[self.kind.param], tensors.get(self.kind.bias, self.base_bias())
-            y = self.kind.apply(x, self.kind.matrix(w))
-            return y if b is None else y + self.kind.spread(b)
+            return self.kind.apply(x, self.kind.matrix(w), b)
         prefix = "base_layer." * _depth(self.base_layer)
         return functional_call(self.base_layer, {prefix + key: value for key, value in tensors.items()}, (x, *args), kwargs)
 
@@ -183,6 +182,8 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         setting = self.setting()
         if self.merged_adapters:
             return present if setting.enabled else self.originals.get(name, present)
+        if setting.route is not None and setting.enabled and self.slots:
+            raise ValueError(f"adapter_names is not supported on {type(self.host).__name__} layers whose weight is read, not called")
         slots = self._live_slots(setting)
         return self.adapted_tensors(slots).get(name, present) if slots else present
 

@@ -11,7 +11,6 @@ from .errors import UserError
 from .files import check_new, write_json
 from .models import load_trained
 from .options import Evaluate
-from .tasks import task_class
 
 
 def run(options: Evaluate) -> None:
@@ -22,10 +21,9 @@ def run(options: Evaluate) -> None:
     """
     output = None if options.output is None else check_new(options.output, overwrite=options.overwrite)
     model, task = load_trained(options.adapter, options.model, options.dtype)
-    if options.generate and not (task.generates and "prompt" in task.settings.inputs):
-        raise UserError("--generate counts exact responses: the model must have been trained on prompts with responses")
-    layouts = [layout for layout in task_class(task.settings.task).layouts if set(layout.inputs) <= set(task.settings.inputs)]
-    table = read_table(options.data, layouts, task.settings.columns)
+    table = read_table(options.data, task.accepted_layouts(), task.settings.columns)
+    if options.generate and not (task.generates and "response" in table):
+        raise UserError("--generate counts exact responses: it needs a causal-lm or seq2seq model and rows of prompts with responses")
     engine = Engine(model, task, options.batch_size, options.precision, options.max_new_tokens)
     metrics = tidy(engine.predict(task.encode(table)).metrics)
     if options.generate:

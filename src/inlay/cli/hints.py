@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 from .errors import did_you_mean, one_line
 
 UNKNOWN_WORDS = re.compile(r"unrecognized arguments: (?P<words>.*)")
@@ -70,7 +72,11 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _in_words(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+        PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number of at least 0",
+        PositiveFloat: "a number above 0", NonNegativeFloat: "a number of at least 0", ClosedUnitInterval: "a number from 0 to 1",
+    }  # fmt: skip
     parts = [arg for arg in typing.get_args(hint) if arg is not type(None)] if typing.get_args(hint) else [hint]
     if typing.get_origin(hint) in (list, dict, set):
         parts = [hint]

@@ -71,23 +71,10 @@ def _adapter(path: Path) -> tuple[dict[str, Any], list[Part]]:
 
 def _adapter_tensors(path: Path) -> Iterable[tuple[str, str, list[int], str, int]]:
     """Yield where, what, shape, dtype and bytes of each tensor in the file."""
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{path} has no adapter_model.safetensors")
-    for key, entry in _safetensors_header(file).items():
+    for key, entry in safetensors_header(path).items():
         where, _, what = key.removeprefix(PREFIX).partition(".lora_") if ".lora_" in key else key.removeprefix(PREFIX).rpartition(".")
         start, end = entry["data_offsets"]
         yield where, f"lora_{what}" if ".lora_" in key else what, entry["shape"], entry["dtype"], end - start
-
-
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    with told_as(f"cannot read {file}"), file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError("not a whole safetensors file")
-        header: dict[str, Any] = json.loads(opened.read(size))
-    header.pop("__metadata__", None)
-    return header
 
 
 def _grouped(tensors: Iterable[tuple[str, str, list[int], str, int]]) -> list[Part]:
@@ -104,9 +91,9 @@ def _model(name: str) -> tuple[dict[str, Any], list[Part]]:
     import transformers
 
     from inlay.kinds import kind_of
-    from inlay.targets import default_targets, linear_paths
+    from inlay.targets import default_targets
 
-    from .models import load_config, model_place
+    from .models import fallback_targets, load_config, model_place
 
     config = load_config(model_place(name), None)
     architecture = next(iter(config.architectures or []), "AutoModel")
@@ -114,12 +101,13 @@ def _model(name: str) -> tuple[dict[str, Any], list[Part]]:
         kind = getattr(transformers, architecture)
         model = kind.from_config(config) if architecture == "AutoModel" else kind(config)
     try:
-        usual = ", ".join(sorted(default_targets(model)))
+        usual = default_targets(model)
     except ValueError:
-        usual = "none for this type; 'all-linear'" if linear_paths(model) else "none for this type"
+        usual = fallback_targets(model)
+    named = usual if isinstance(usual, str) else ", ".join(sorted({path.rpartition(".")[2] for path in usual}))
     facts = {
         "model": name, "class": type(model).__name__, "type": config.model_type,
-        "all parameters": f"{sum(p.numel() for p in model.parameters()):,}", "lora targets by default": usual,
+        "all parameters": f"{sum(p.numel() for p in model.parameters()):,}", "lora targets by default": named,
     }  # fmt: skip
     adaptable = [(path, module) for path, module in model.named_modules() if kind_of(module) is not None]
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")

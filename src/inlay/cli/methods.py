@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from . import catalogue
 from .options import Methods
 from .tables import table
@@ -23,7 +25,7 @@ def run(options: Methods) -> None:
     if options.name in catalogue.BASELINES:
         return
     told = catalogue.option_help(options.name)
-    rows = [
-        [f"--method.{f.name.replace('_', '-')}", catalogue.default_of(f), told.get(f.name, "")] for f in catalogue.own_options(options.name)
-    ]
-    print("\n" + table(["option", "default", "what it is"], [[name, str(default), what] for name, default, what in rows]))
+    for f in catalogue.own_options(options.name):
+        if f.name in told:
+            print(f"\n--method.{f.name.replace('_', '-')}  (default: {catalogue.default_of(f)})")
+            print(textwrap.fill(told[f.name], 100, initial_indent="    ", subsequent_indent="    "))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from . import catalogue
 from .errors import UserError, told_as
 from .files import TASK_FILE, read_json
 from .options import Train
-from .tasks import task_class
+from .tasks import FILES, task_class
 from .tasks.base import Settings, Task
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights; training has its own
 HEADS = ("classifier", "score")
+HEAD_WEIGHTS = tuple(f"{head}{end}.weight" for head in HEADS for end in ("", ".out_proj"))
 LENGTH_LIMIT = 512
 
 
@@ -42,7 +45,7 @@ def model_place(name: str) -> str:
 
 def load_config(place: str, revision: str | None) -> Any:
     """Return a model's configuration."""
-    with told_as(f"cannot load the model {place!r}"):
+    with told_as(f"cannot load the model {place!r}{'' if Path(place).is_dir() else ' (no folder of this name, so taken as a hub id)'}"):
         return transformers.AutoConfig.from_pretrained(place, revision=revision)
 
 
@@ -70,8 +73,8 @@ def load_base(place: str, task: Task, dtype: str, revision: str | None = None) -
         model, info = loader.from_pretrained(
             place, revision=revision, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_arguments()
         )
-    if model.config.pad_token_id is None and hasattr(task.processor, "pad_token_id"):
-        model.config.pad_token_id = task.processor.pad_token_id
+    if getattr(model.config, "pad_token_id", 0) is None:
+        model.config.pad_token_id = getattr(task.processor, "pad_token_id", None)
     absent = set(info["missing_keys"]) | {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     names = [name for name, _ in model.named_parameters()]
     fresh = [name for name in names if name in absent]
@@ -119,16 +122,17 @@ def _with_adapter(model: nn.Module, config: Any, heads: list[str]) -> nn.Module:
     except ValueError as error:
         if getattr(config, "target_modules", "") is not None or "specify `target_modules`" not in str(error):
             raise
-        config.target_modules = _fallback_targets(model, heads)  # a model type without a usual choice
+        config.target_modules = fallback_targets(model, heads)  # a model type without a usual choice
         return inlay.get_peft_model(model, config)
 
 
-def _fallback_targets(model: nn.Module, heads: list[str]) -> str | list[str]:
+def fallback_targets(model: nn.Module, heads: Sequence[str] = ()) -> str | list[str]:
     """Return all linear layers, or all convolutions of a model that has no linear layers besides its head."""
     body = {name: module for name, module in model.named_modules() if name not in {*heads, *HEADS}}
     if any(isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) for module in body.values()):
         return "all-linear"
-    return [name for name, module in body.items() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    convolutions = {name: module for name, module in body.items() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))}
+    return [name for name, module in convolutions.items() if module.groups == 1]  # depthwise ones hold few numbers
 
 
 def _baseline(model: nn.Module, name: str, fresh: list[str]) -> nn.Module:
@@ -144,8 +148,6 @@ def _baseline(model: nn.Module, name: str, fresh: list[str]) -> nn.Module:
 
 def save_trained(model: Any, task: Task, folder: Path) -> None:
     """Write the adapter (or the model, for full and head) with everything that evaluate and predict need."""
-    import json
-
     with told_as("cannot save the result"):
         model.save_pretrained(folder)
         task.processor.save_pretrained(folder)
@@ -160,16 +162,11 @@ def load_trained(adapter: str | None, model: str | None, dtype: str) -> tuple[An
     """
     if adapter is None and model is None:
         raise UserError("which model? give --adapter FOLDER, or --model FOLDER for a merged or fully trained model")
-    place = Path(adapter or str(model))
-    task_file, wanted = place / TASK_FILE, "adapter_config.json" if adapter else "config.json"
+    place, wanted = Path(adapter or str(model)), "adapter_config.json" if adapter else "config.json"
     if not (place / wanted).is_file():
         raise UserError(f"{place} is not {'an adapter' if adapter else 'a model'} folder: it has no {wanted}")
-    if not task_file.is_file():
-        raise UserError(f"{place} has no {TASK_FILE}: it was not written by 'inlay train' or 'inlay merge'")
-    settings = Settings.from_dict(read_json(task_file))
-    kind = task_class(settings.task)
     base = base_of(place, model) if adapter else model_place(str(place))
-    task = kind(settings, kind.load_processor(str(place), base))
+    task = _task_of(place, base)
     loaded, fresh = load_base(base, task, dtype)
     if adapter:
         with told_as(f"cannot load the adapter {place}"):
@@ -177,6 +174,40 @@ def load_trained(adapter: str | None, model: str | None, dtype: str) -> tuple[An
     elif fresh:
         raise UserError(f"{place}: the weights of {', '.join(fresh)} are not in its files")
     return loaded, task
+
+
+def _task_of(place: Path, base: str) -> Task:
+    """Return the task of a trained model: as noted, else as an adapter's own files tell it."""
+    if (place / TASK_FILE).is_file():
+        settings = Settings.from_dict(read_json(place / TASK_FILE))
+    else:
+        settings = _guessed_settings(place)
+    kind = task_class(settings.task)
+    processor = kind.load_processor(str(place), base)
+    settings.max_length = settings.max_length or input_limit(None, load_config(base, None), processor)
+    return kind(settings, processor)
+
+
+def _guessed_settings(place: Path) -> Settings:
+    """Return the settings for an adapter that a script has written: its task type, and as many labels as its head has rows."""
+    config = read_json(place / "adapter_config.json") if (place / "adapter_config.json").is_file() else {}
+    names = [name for name in FILES if task_class(name).task_type == config.get("task_type")] if config.get("task_type") else []
+    if not names:
+        raise UserError(f"{place} has no {TASK_FILE} and no known task_type, so what it does is unknown; 'inlay train' writes that file")
+    heads = [entry["shape"] for key, entry in safetensors_header(place).items() if key.endswith(HEAD_WEIGHTS)]
+    return Settings(names[0], labels=list(range(heads[0][0])) if heads else [], max_length=0)
+
+
+def safetensors_header(adapter: Path) -> dict[str, Any]:
+    """Return name, shape, dtype and place of each tensor in an adapter folder, without reading the tensors."""
+    file = adapter / "adapter_model.safetensors"
+    with told_as(f"cannot read {file}"), file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > file.stat().st_size:
+            raise ValueError("it is truncated, or no safetensors file")
+        header: dict[str, Any] = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return header
 
 
 def base_of(adapter: Path, override: str | None) -> str:

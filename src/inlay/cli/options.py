@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 TaskName = Literal["text-classification", "token-classification", "causal-lm", "seq2seq", "image-classification"]
 GROUPS = ("what", "data", "columns", "training", "more")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -59,7 +61,7 @@ class Shape:
     """How rows become what the model sees; kept with the adapter, so that predictions see the same."""
 
     columns: Columns = option(Columns, help="names of the columns in the data", group="columns")
-    max_length: int | None = option(
+    max_length: PositiveInt | None = option(
         None, help="longest input in tokens; default: what the model can take, at most 512", group="data"
     )
     separator: str = option(
@@ -100,23 +102,23 @@ class Train(Shape):
     )
     revision: str | None = option(help="branch, tag or commit of a hub model", group="what")
 
-    epochs: float = option(3.0, help="passes over the training rows", group="training")
-    max_steps: int = option(-1, help="stop after this many optimiser steps; overrides epochs", group="training")
-    batch_size: int = option(16, help="rows per device and step", group="training")
-    eval_batch_size: int = option(32, help="rows per device in evaluation", group="training")
-    accumulate: int = option(1, help="batches whose gradients make one step", group="training")
-    learning_rate: float | None = option(help="peak learning rate; default: by method, see 'inlay methods'", group="training")
+    epochs: PositiveFloat = option(3.0, help="passes over the training rows", group="training")
+    max_steps: PositiveInt | None = option(None, help="stop after this many optimiser steps; overrides epochs", group="training")
+    batch_size: PositiveInt = option(16, help="rows per device and step", group="training")
+    eval_batch_size: PositiveInt = option(32, help="rows per device in evaluation", group="training")
+    accumulate: PositiveInt = option(1, help="batches whose gradients make one step", group="training")
+    learning_rate: PositiveFloat | None = option(help="peak learning rate; default: by method, see 'inlay methods'", group="training")
     schedule: Schedule = option("linear", help="how the learning rate falls after the warm-up", group="training")
-    warmup: float = option(0.06, help="share of the steps in which the learning rate rises", group="training")
-    weight_decay: float = option(0.0, help="AdamW's weight decay", group="training")
-    eval_steps: int | None = option(help="evaluate and save every so many steps; default: each epoch", group="training")
-    patience: int | None = option(help="stop after so many evaluations without a better one", group="training")
+    warmup: ClosedUnitInterval = option(0.06, help="share of the steps in which the learning rate rises", group="training")
+    weight_decay: NonNegativeFloat = option(0.0, help="AdamW's weight decay", group="training")
+    eval_steps: PositiveInt | None = option(help="evaluate and save every so many steps; default: each epoch", group="training")
+    patience: PositiveInt | None = option(help="stop after so many evaluations without a better one", group="training")
     seed: int = option(0, help="seed of heads, adapter, dropout and order; the same seed gives the same run", group="training")
     precision: Precision = option("fp32", help="mixed precision of the training step", group="training")
     dtype: Dtype = option("auto", help="what the frozen weights are kept in; auto: as they are stored", group="training")
     gradient_checkpointing: bool = option(False, help="less memory, about a third more time", group="training")
     group_by_length: bool = option(True, help="batch rows of about the same length: less padding", group="training")
-    workers: int = option(0, help="processes that prepare batches", group="training")
+    workers: NonNegativeInt = option(0, help="processes that prepare batches", group="training")
     trainer: dict[str, Any] = option(
         dict, help="more arguments of transformers.TrainingArguments, as --trainer.max_grad_norm 0.5", group="training"
     )
@@ -132,10 +134,10 @@ class Trained:
         " of --method full or head",
         group="what",
     )
-    batch_size: int = option(32, help="rows at a time")
+    batch_size: PositiveInt = option(32, help="rows at a time")
     precision: Precision = option("fp32", help="mixed precision of the forward pass")
     dtype: Dtype = option("auto", help="what the weights are kept in; auto: as they are stored")
-    max_new_tokens: int = option(64, help="causal-lm and seq2seq: longest generated text, in tokens")
+    max_new_tokens: PositiveInt = option(64, help="causal-lm and seq2seq: longest generated text, in tokens")
     overwrite: bool = option(False, help="replace the output file")
 
 

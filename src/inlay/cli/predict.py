@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .data import Layout, read_table
+from .data import read_table
 from .engine import Engine
 from .files import check_new, new_file
 from .models import load_trained
@@ -21,7 +21,7 @@ def run(options: Predict) -> None:
     """
     target = None if options.output == "-" else check_new(Path(options.output), overwrite=options.overwrite)
     model, task = load_trained(options.adapter, options.model, options.dtype)
-    table = read_table(options.data, [Layout(tuple(task.settings.inputs))], task.settings.columns, targets=False)
+    table = read_table(options.data, task.accepted_layouts(), task.settings.columns, targets=False)
     answers = task.answer(Engine(model, task, options.batch_size, options.precision, options.max_new_tokens), table)
     lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if target is None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from . import catalogue
@@ -42,10 +47,24 @@ def run(options: Train) -> None:
     task, rows = _prepare(options, place)
     trainer = _trainer(options, place, here, task, rows)
     checkpoint = here.begin()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    evaluation = tidy(trainer.evaluate()) if len(rows) > 1 else {}
+    with _limits_told(here):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        evaluation = tidy(trainer.evaluate()) if len(rows) > 1 else {}
     if trainer.is_world_process_zero():
         _save(here, task, trainer, evaluation, round(time.monotonic() - started, 1))
+
+
+@contextmanager
+def _limits_told(here: Run) -> Iterator[None]:
+    """Turn the ways in which memory and disk run out into one clear line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory: try a smaller --batch-size with --accumulate, or --gradient-checkpointing") from error
+    except (RuntimeError, SafetensorError) as error:
+        if "PytorchStreamWriter" not in str(error) and "No space left" not in str(error):
+            raise
+        raise UserError(f"no space left for checkpoints in {here.checkpoints}; make some and go on with --resume") from error
 
 
 def _prepare(options: Train, place: str) -> tuple[Task, list[Dataset]]:
@@ -58,7 +77,7 @@ def _prepare(options: Train, place: str) -> tuple[Task, list[Dataset]]:
     config = load_config(place, options.revision)
     processor = kind.load_processor(place)
     settings = Settings(
-        options.task, options.columns, list(tables[0].columns.keys() - set(layouts[0].targets)),
+        options.task, options.columns, [role for role in tables[0].columns if role not in layouts[0].targets],
         max_length=input_limit(options.max_length, config, processor), separator=options.separator, pack=options.pack,
     )  # fmt: skip
     kind.settle(settings, options, tables[0], config)
@@ -93,9 +112,7 @@ def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Datas
 
 def _steps(options: Train, rows: int) -> int:
     """Return the number of optimiser steps of the whole run."""
-    import os
-
-    if options.max_steps > 0:
+    if options.max_steps is not None:
         return options.max_steps
     batches = math.ceil(rows / (options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
     return math.ceil(options.epochs * max(1, math.ceil(batches / options.accumulate)))
@@ -106,7 +123,7 @@ def _arguments(options: Train, task: Task, here: Run, steps: int, *, evaluated: 
     metric, more_is_better = task.metric
     chosen: dict[str, Any] = {
         "num_train_epochs": options.epochs,
-        "max_steps": options.max_steps,
+        "max_steps": options.max_steps or -1,
         "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
         "learning_rate": options.learning_rate,

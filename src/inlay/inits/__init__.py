@@ -14,15 +14,34 @@ import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from ..kinds import LayerKind
     from ..method import Slot
 
-INITS: dict[str, Callable[[Slot], None]] = {}
+Check = Callable[["LayerKind", Any, int, str], None]
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """One way to start LoRA.
+
+    Attributes:
+        function: sets the values of a slot, which holds random factors already.
+        check: raises ValueError where ``(kind, config, r, the layer in words)`` rule it out; before anything is changed.
+        changes_base: whether it gives the base layer another weight, which the adapter then goes with.
+    """
+
+    function: Callable[[Slot], None]
+    check: Check | None
+    changes_base: bool
+
+
+INITS: dict[str, Initialisation] = {}
 
 
 @dataclass
@@ -31,6 +50,12 @@ class LoftQConfig:
 
     loftq_bits: int = 4
     loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (2, 4, 8):
+            raise ValueError(f"loftq_bits={self.loftq_bits} is not possible; choose 2, 4 or 8")
+        if self.loftq_iter < 1:
+            raise ValueError(f"loftq_iter={self.loftq_iter} is not possible; choose 1 or more rounds of alternation")
 
 
 @dataclass
@@ -60,11 +85,13 @@ class EvaConfig:
             raise ValueError(f"`tau` must be between 0.0 and 1.0, got {self.tau}")
 
 
-def initialisation(name: str) -> Callable[[Callable[[Slot], None]], Callable[[Slot], None]]:
-    """Register a way to start LoRA. The function is called with random factors already in place, without gradients."""
+def initialisation(
+    name: str, check: Check | None = None, changes_base: bool = False
+) -> Callable[[Callable[[Slot], None]], Callable[[Slot], None]]:
+    """Register a function of a slot as a way to start LoRA; the other arguments are those of ``Initialisation``."""
 
     def register(function: Callable[[Slot], None]) -> Callable[[Slot], None]:
-        INITS[name] = function
+        INITS[name] = Initialisation(function, check, changes_base)
         return function
 
     return register
@@ -81,10 +108,34 @@ def is_init(name: str) -> bool:
     return stem in INITS and (not number or (stem == "pissa" and number.isdigit()))
 
 
+def changes_base(config: Any) -> bool:
+    """Whether an adapter of this configuration goes with another base weight than the model's, made when it is added."""
+    how = config.init_lora_weights
+    return isinstance(how, str) and INITS[base_name(how)].changes_base
+
+
+def check_start(kind: LayerKind, config: Any, r: int, layer: str) -> None:
+    """Refuse what ``config.init_lora_weights`` cannot do on a layer.
+
+    Args:
+        kind: the layer's geometry.
+        config: the adapter's configuration.
+        r: its rank on this layer.
+        layer: the layer in words, for the message.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    how = config.init_lora_weights
+    if isinstance(how, str) and (check := INITS[base_name(how)].check) is not None:
+        check(kind, config, r, layer)
+
+
 @torch.no_grad()
 def start(slot: Slot) -> None:
     """Set the initial values of LoRA's factors as ``config.init_lora_weights`` says."""
     how = slot.config.init_lora_weights  # type: ignore[attr-defined]
+    check_start(slot.kind, slot.config, slot["r"], type(slot.layer.get_base_layer()).__name__)
     if "lora_A" in slot.columns:
         _start_linear(slot, how)
     else:
@@ -92,7 +143,7 @@ def start(slot: Slot) -> None:
         nn.init.normal_(down) if how is False else nn.init.zeros_(down)
         nn.init.normal_(up)
     if isinstance(how, str):
-        INITS[base_name(how)](slot)
+        INITS[base_name(how)].function(slot)
 
 
 def _start_linear(slot: Slot, how: bool | str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .dora_norm import dora_norm
-from .dropout import keep_mask
+from .dropout import keep_mask, plain_dropped
 from .lora_linear import autocast_inputs
 from .low_rank import add_delta, differentiable_grads, linear_grads, linear_output, project, row_blocks, rows_of, scratch_for
 
@@ -55,8 +55,9 @@ def dora_linear(
     if torch.compiler.is_compiling():
         return plain_dora_linear(x, weight, bias, a, b, magnitude, weight_norm, keep, gain)
     with torch.autocast(x.device.type, enabled=False):
+        hold_output = torch.is_grad_enabled() and magnitude.requires_grad
         y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, a, b, magnitude, weight_norm, keep, gain
+            x, weight, bias, a, b, magnitude, weight_norm, keep, gain, hold_output
         )
     return y
 
@@ -73,8 +74,7 @@ def plain_dora_linear(
     gain: float,
 ) -> Tensor:
     """The same function in differentiable operations: for second derivatives and for `torch.compile`."""
-    dropped = x if keep is None else x * keep.view(x.shape)
-    u = x @ weight.T + gain * (dropped @ a.to(x.dtype).T @ b.to(x.dtype).T)
+    u = x @ weight.T + gain * (plain_dropped(x, keep) @ a.to(x.dtype).T @ b.to(x.dtype).T)
     y = u + u * excess_gain(magnitude, weight_norm).to(x.dtype)
     return y if bias is None else y + bias
 
@@ -123,10 +123,11 @@ class _DoraLinear(torch.autograd.Function):
         weight_norm: Tensor,
         keep: Tensor | None,
         gain: float,
+        hold_output: bool,
     ) -> Tensor:
         rows = rows_of(x)
+        s = project(rows, a.to(x.dtype), keep)
         y, y_rows = linear_output(x, rows, weight, None)
-        s = project(rows, a.to(y.dtype), keep)
         add_delta(y_rows, s, b.to(y.dtype), gain)
         y.addcmul_(y, excess_gain(magnitude, weight_norm).to(y.dtype))
         if bias is not None:
@@ -135,7 +136,7 @@ class _DoraLinear(torch.autograd.Function):
         kept_x = x if weight_needed or a_needed or magnitude_needed else None
         kept_s = s if b_needed or magnitude_needed else None
         ctx.save_for_backward(kept_x, weight, bias, a, b, magnitude, weight_norm, keep, kept_s)
-        ctx.output = _Kept.hold(y) if magnitude_needed else None
+        ctx.output = _Kept.hold(y) if hold_output else None
         ctx.x_shape, ctx.gain = x.shape, gain
         return y
 
@@ -147,49 +148,66 @@ class _DoraLinear(torch.autograd.Function):
             inputs = (x, weight, bias, a, b, magnitude)
             constants = (weight_norm, keep, ctx.gain)
             grads = differentiable_grads(plain_dora_linear, inputs, constants, needed, dy, ctx.x_shape)
-            return *grads, None, None, None
+            return *grads, None, None, None, None
         dy = rows_of(dy)
         dbias = dy.sum(0) if needed[2] else None
         dmagnitude = None
         if needed[5]:
-            y = None if ctx.output is None else _Kept.recall(ctx.output)
+            dots = None if ctx.output is None else _dots_with_output(dy, _Kept.recall(ctx.output), bias)
             # Dropped at once, as autograd drops what it saved; a second backward through this graph recomputes.
             ctx.output = None
-            dmagnitude = _grad_of_magnitude(dy, None if y is None else rows_of(y), x, weight, bias, b, magnitude, weight_norm, s, ctx.gain)
-        excess = excess_gain(magnitude, weight_norm).to(dy.dtype)
-        scaled = torch.addcmul(dy, dy, excess)
-        dx, dw, da, db = linear_grads(scaled, x, weight, a, b, keep, s, ctx.gain, needed)
+            operands = (x, weight, b, magnitude, weight_norm, s, ctx.gain)
+            dmagnitude = _grad_of_magnitude(dots, dy, *operands)
+        excess = excess_gain(magnitude, weight_norm)
+        # Both make g dY W, and the smaller of dY and W is the cheaper one to scale.
+        scale_weight = dy.shape[0] > weight.shape[1] and not needed[1]
+        if scale_weight:
+            weight, b = _scaled(weight, excess.unsqueeze(1)), _scaled(b, excess.unsqueeze(1))
+        else:
+            dy = _scaled(dy, excess)
+        dx, dw, da, db = linear_grads(dy, x, weight, a, b, keep, s, ctx.gain, needed)
+        if scale_weight and db is not None:
+            db = _scaled(db, excess.unsqueeze(1))
         dx = None if dx is None else dx.view(ctx.x_shape)
-        return dx, dw, dbias, da, db, dmagnitude, None, None, None
+        return dx, dw, dbias, da, db, dmagnitude, None, None, None, None
+
+
+def _scaled(tensor: Tensor, excess: Tensor) -> Tensor:
+    """g * tensor."""
+    return torch.addcmul(tensor, tensor, excess.to(tensor.dtype))
+
+
+def _dots_with_output(dy: Tensor, y: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """sum_n dY (y - bias)[out], None if y is gone."""
+    if y is None:
+        return None
+    dots = _column_dots(dy, rows_of(y))
+    return dots if bias is None else dots - dy.sum(0, dtype=dots.dtype) * bias
 
 
 def _grad_of_magnitude(
+    dots: Tensor | None,
     dy: Tensor,
-    y: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     b: Tensor,
     magnitude: Tensor,
     weight_norm: Tensor,
     s: Tensor,
     gain: float,
 ) -> Tensor:
-    """sum_n dY u / norm with u = x W' + gain S B', read off the output y = g u + bias where g allows."""
-    if y is None:
+    """sum_n dY u / norm with u = (y - bias) / g, or u = x W' + gain S B' where the output y does not tell."""
+    if dots is None:
         lost = torch.arange(weight.shape[0], device=weight.device)
-        total = torch.zeros_like(weight_norm)
+        grad = torch.zeros_like(weight_norm)
     else:
         lost = (magnitude.abs() < _SMALLEST_INVERTIBLE_GAIN * weight_norm).nonzero().squeeze(1)
-        total = _column_dots(dy, y).to(weight_norm.dtype)
-        if bias is not None:
-            total -= dy.sum(0, dtype=total.dtype) * bias
-        total = torch.where(weight_norm > 0, total / magnitude, 0.0)
+        grad = torch.where(weight_norm > 0, dots.to(weight_norm.dtype) / magnitude, 0.0)
     if lost.numel():
         u = add_delta(rows_of(x) @ weight[lost].T, s, b[lost].to(dy.dtype), gain)
-        exact = _column_dots(dy[:, lost], u).to(total.dtype) / weight_norm[lost]
-        total[lost] = torch.where(weight_norm[lost] > 0, exact, 0.0)
-    return total.to(magnitude.dtype)
+        exact = _column_dots(dy[:, lost], u).to(grad.dtype) / weight_norm[lost]
+        grad[lost] = torch.where(weight_norm[lost] > 0, exact, 0.0)
+    return grad.to(magnitude.dtype)
 
 
 def _column_dots(p: Tensor, q: Tensor) -> Tensor:

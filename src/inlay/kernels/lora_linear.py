@@ -2,10 +2,10 @@
 
     W[out, in]  A[r, in]  B[out, r]  x[..., in]  y[..., out]        Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
-The function and its gradients, with gain = scale / (1 - p), a dropout mask K of zeros and ones, and S = (x * K) A':
+The function and its gradients, with gain = scale / (1 - p), K(.) zeroing what dropout drops, and S = K(x) A':
 
     y  = x W' + bias + gain S B'            dS = dY B
-    dX = dY W + gain K * (dS A)             dA = gain dS' (x * K)            dB = gain dY' S
+    dX = dY W + gain K(dS A)                dA = gain dS' K(x)               dB = gain dY' S
 
 The thin products are bound by memory traffic and not by arithmetic; `low_rank.py` has the care taken with them. Of wide
 tensors only the input that the layer was given is kept for backward: layers that share an input share it.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dropout import keep_mask
+from .dropout import keep_mask, plain_dropped
 from .low_rank import add_delta, differentiable_grads, linear_grads, linear_output, project, rows_of
 
 
@@ -62,8 +62,7 @@ def plain_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, gain: float
 ) -> Tensor:
     """The same function in differentiable operations: for second derivatives and for `torch.compile`."""
-    dropped = x if keep is None else x * keep.view(x.shape)
-    delta = dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
+    delta = plain_dropped(x, keep) @ a.to(x.dtype).T @ b.to(x.dtype).T
     return torch.nn.functional.linear(x, weight, bias) + gain * delta
 
 
@@ -88,8 +87,8 @@ class _LoraLinear(torch.autograd.Function):
         gain: float,
     ) -> Tensor:
         rows = rows_of(x)
+        s = project(rows, a.to(x.dtype), keep)
         y, y_rows = linear_output(x, rows, weight, bias)
-        s = project(rows, a.to(y.dtype), keep)
         add_delta(y_rows, s, b.to(y.dtype), gain)
         _, weight_needed, _, a_needed, b_needed = ctx.needs_input_grad[:5]
         kept_x = x if weight_needed or a_needed else None

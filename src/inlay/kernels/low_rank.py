@@ -1,6 +1,6 @@
 """The thin products of LoRA and DoRA, and their gradients, with the wide tensors touched as rarely as possible.
 
-    x[n, in]  W[out, in]  A[r, in]  B[out, r]  S[n, r]  dY[n, out]  keep[n, in] (int8, 1 where dropout keeps)
+    x[n, in]  W[out, in]  A[r, in]  B[out, r]  S[n, r]  dY[n, out]  keep[n, in] of `dropout.py`
 
 Everything works on matrices and in the dtype of x. A masked activation exists one block of rows at a time, in a scratch
 tensor that stays in cache.
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What fits the second-level cache of one core beside the other operands of a product.
-_BLOCK_BYTES_PER_THREAD = 1 << 18
+from .dropout import clear_dropped_, copy_kept_
+
+# Half of a common second-level cache: smaller blocks lose more to the cost of a call than they gain in cache.
+_BLOCK_BYTES_PER_THREAD = 1 << 19
 
 
 def rows_of(wide: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def linear_output(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def project(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
-    """S[n, r] = (x * keep) A'."""
+    """S[n, r] = K(x) A', where K zeroes what dropout drops."""
     columns = a.T.contiguous()
     if keep is None:
         return _thin(x @ columns)
@@ -70,19 +72,20 @@ def linear_grads(
     """
     dx = dw = da = db = None
     x = None if x is None else rows_of(x)
-    if needed[0] or needed[3]:
-        ds = _thin(dy @ b.to(dy.dtype))
-        if needed[0]:
-            dx = _grad_of_input(dy, weight, ds, a.to(dy.dtype), keep, gain)
-        if needed[3]:
-            assert x is not None
-            da = _grad_of_a(ds, x, keep).mul_(gain).to(a.dtype)
-    if needed[1]:
-        assert x is not None
-        dw = dy.T @ x
+    # In this order a product finds the wide operand of the one before it in cache.
+    ds = _thin(dy @ b.to(dy.dtype)) if needed[0] or needed[3] else None
     if needed[4]:
         assert s is not None
         db = (s.T @ dy).mul_(gain).T.to(b.dtype)
+    if needed[0]:
+        assert ds is not None
+        dx = _grad_of_input(dy, weight, ds, a.to(dy.dtype), keep, gain)
+    if needed[3]:
+        assert ds is not None and x is not None
+        da = _grad_of_a(ds, x, keep).mul_(gain).to(a.dtype)
+    if needed[1]:
+        assert x is not None
+        dw = dy.T @ x
     return dx, dw, da, db
 
 
@@ -91,9 +94,9 @@ def _grad_of_input(dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, keep: Tens
         return (dy @ weight).addmm_(ds, a, alpha=gain)
     # The thin product first: masked while it is in cache, it then costs the wide product only an accumulation.
     dx = dy.new_empty(dy.shape[0], a.shape[1])
-    mask = scratch_for(dx)
+    scratch = scratch_for(dx)
     for rows in row_blocks(dx):
-        torch.mm(ds[rows], a, out=dx[rows]).mul_(mask[: rows.stop - rows.start].copy_(keep[rows]))
+        clear_dropped_(torch.mm(ds[rows], a, out=dx[rows]), keep[rows], scratch)
     return dx.addmm_(dy, weight, beta=gain)
 
 
@@ -114,10 +117,10 @@ def _thin(s: Tensor) -> Tensor:
 
 
 def _dropped_blocks(x: Tensor, keep: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of x * keep, each in the scratch memory of the one before."""
+    """Row blocks of K(x), each in the scratch memory of the one before."""
     scratch = scratch_for(x)
     for rows in row_blocks(x):
-        yield rows, scratch[: rows.stop - rows.start].copy_(keep[rows]).mul_(x[rows])
+        yield rows, copy_kept_(scratch[: rows.stop - rows.start], x[rows], keep[rows])
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

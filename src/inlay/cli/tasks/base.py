@@ -58,6 +58,11 @@ class Task(ABC):
     def __init__(self, settings: Settings, processor: Any) -> None:
         self.settings, self.processor = settings, processor
 
+    def accepted_layouts(self) -> list[Layout]:
+        """Return the forms of data that this model was trained on; all, where that is not known."""
+        known = self.settings.inputs
+        return [layout for layout in self.layouts if not known or set(layout.inputs) <= set(known)]
+
     @property
     @abstractmethod
     def metric(self) -> tuple[str, bool]:
