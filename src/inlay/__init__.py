@@ -32,10 +32,15 @@ _WHERE = {
     "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
-_ALIASES = {"LoraModel": "AdaptedModel", "LoraLayer": "AdaptedLayer", "BaseTuner": "AdaptedModel", "BaseTunerLayer": "AdaptedLayer"}
+_ALIASES = {
+    "LoraModel": "AdaptedModel",
+    "LoraLayer": "AdaptedLayer",
+    "BaseTuner": "AdaptedModel",
+    "BaseTunerLayer": "AdaptedLayer",
+}
 """Names of PEFT for what is one class here."""
 
-__all__ = ["__version__", *sorted(_MODULE_OF), *sorted(_ALIASES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_MODULE_OF), *sorted(_ALIASES)]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,8 +58,6 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapted_model import AdaptedModel as AdaptedModel
-    from .adapted_model import AdaptedModel as BaseTuner
-    from .adapted_model import AdaptedModel as LoraModel
     from .auto import AutoPeftModel as AutoPeftModel
     from .auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -81,8 +84,6 @@ if TYPE_CHECKING:
     from .inits.loftq_replace import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .layer import AdaptedLayer as AdaptedLayer
-    from .layer import AdaptedLayer as BaseTunerLayer
-    from .layer import AdaptedLayer as LoraLayer
     from .method import METHODS as METHODS
     from .method import Method as Method
     from .method import Slot as Slot
@@ -90,6 +91,8 @@ if TYPE_CHECKING:
     from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .peft_model import PeftModel as PeftModel
+    from .status import get_layer_status as get_layer_status
+    from .status import get_model_status as get_model_status
     from .tasks import PeftModelForCausalLM as PeftModelForCausalLM
     from .tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
     from .tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
@@ -98,5 +101,6 @@ if TYPE_CHECKING:
     from .tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tasks import get_peft_model as get_peft_model
     from .tasks import inject_adapter_in_model as inject_adapter_in_model
-    from .status import get_layer_status as get_layer_status
-    from .status import get_model_status as get_model_status
+
+    BaseTuner = LoraModel = AdaptedModel
+    BaseTunerLayer = LoraLayer = AdaptedLayer

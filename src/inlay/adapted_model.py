@@ -51,7 +51,9 @@ class AdaptedModel(nn.Module):
         self._wrapped: list[nn.Module] | None = None  # the wrappers of the model, until they change
         present = next((w for _, w in wrappers(model)), None)
         self.switch: Switch = Switch() if present is None else _switch_of(present)
-        self.peft_config: dict[str, PeftConfig] = dict(getattr(model, "peft_config", {})) if present is not None else {}
+        self.peft_config: dict[str, PeftConfig] = (
+            dict(getattr(model, "peft_config", {})) if present is not None else {}
+        )
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -71,14 +73,20 @@ class AdaptedModel(nn.Module):
     # ------------------------------------------------------------------ adapters
 
     def add_adapter(
-        self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+        self,
+        name: str,
+        config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Set another adapter into the model. The first one becomes active; later ones wait for ``set_adapter``."""
         _check_name(name, self.peft_config)
         _check_bias(config, self.peft_config)
         if ranges := getattr(config, "layer_replication", None):
             if self.peft_config:
-                raise ValueError("layer_replication changes the base model, so only the first adapter may ask for it")
+                raise ValueError(
+                    "layer_replication changes the base model, so only the first adapter may ask for it"
+                )
             replicate_layers(self.model, ranges)
         config = resolve(self.model, config)
         trainable = [p for p in self.model.parameters() if p.requires_grad] if not self.peft_config else []
@@ -86,7 +94,14 @@ class AdaptedModel(nn.Module):
             p.requires_grad_(False)
         try:
             self._wrapped = None
-            inject(self.model, config, name, self.switch, initialise=not low_cpu_mem_usage, full_precision=autocast_adapter_dtype)
+            inject(
+                self.model,
+                config,
+                name,
+                self.switch,
+                initialise=not low_cpu_mem_usage,
+                full_precision=autocast_adapter_dtype,
+            )
         except BaseException:
             for p in trainable:
                 p.requires_grad_(True)
@@ -128,7 +143,11 @@ class AdaptedModel(nn.Module):
                 yield from (p for p in module.modules_to_save[name].parameters() if p.is_floating_point())
         mode = getattr(self.peft_config[name], "bias", "none")
         if mode == "all":
-            yield from (p for path, p in self.model.named_parameters() if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path)
+            yield from (
+                p
+                for path, p in self.model.named_parameters()
+                if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path
+            )
         elif mode == "lora_only":
             yield from (b for slot in self.slots(name) if isinstance(b := slot.bias(), nn.Parameter))
 
@@ -160,12 +179,16 @@ class AdaptedModel(nn.Module):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         if any(adapter_name in layer.merged_adapters for layer in self.layers()):
-            raise ValueError(f"Adapter {adapter_name} is merged into the base weights; call unmerge_adapter() first")
+            raise ValueError(
+                f"Adapter {adapter_name} is merged into the base weights; call unmerge_adapter() first"
+            )
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
         self._wrapped = None
         del self.peft_config[adapter_name]
-        left = tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
+        left = (
+            tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
+        )
         self.switch.change(active=())
         if left:
             self.set_adapter(left)
@@ -252,7 +275,9 @@ class AdaptedModel(nn.Module):
         self._check_known(adapter_names or ())
         self._check_not_replicated()
         names = tuple(adapter_names) if adapter_names is not None else self.switch.now().active
-        for place in tqdm(list(places(self.model).values()), disable=not progressbar, desc="Unloading and merging model"):
+        for place in tqdm(
+            list(places(self.model).values()), disable=not progressbar, desc="Unloading and merging model"
+        ):
             if place.wrapper is not place.module:
                 place.replace(_merged_for_good(place.wrapper, names))
         return self._bare()
@@ -275,7 +300,9 @@ class AdaptedModel(nn.Module):
 
     def _check_not_replicated(self) -> None:
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
-            raise ValueError("layers made by layer_replication share their base weights, so their adapters cannot be merged into them")
+            raise ValueError(
+                "layers made by layer_replication share their base weights, so their adapters cannot be merged into them"
+            )
 
 
 def _merged_for_good(wrapper: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -301,12 +328,18 @@ def _check_name(name: str, taken: dict[str, PeftConfig]) -> None:
     if name in taken:
         raise ValueError(f"Adapter with name {name!r} already exists.")
     if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "__base__":
-        raise ValueError(f"{name!r} cannot be an adapter's name: it becomes part of parameter names, which rules out dots and {name!r}")
+        raise ValueError(
+            f"{name!r} cannot be an adapter's name: it becomes part of parameter names, which rules out dots and {name!r}"
+        )
 
 
 def _check_bias(config: PeftConfig, present: dict[str, PeftConfig]) -> None:
     mode = getattr(config, "bias", "none")
     if mode not in ("none", "all", "lora_only"):
-        raise NotImplementedError(f"Requested bias: {mode}, is not implemented. Known: 'none', 'all', 'lora_only'.")
+        raise NotImplementedError(
+            f"Requested bias: {mode}, is not implemented. Known: 'none', 'all', 'lora_only'."
+        )
     if present and any(getattr(c, "bias", "none") != "none" for c in (config, *present.values())):
-        raise ValueError("only one adapter may train biases of the base model; set bias='none' for all adapters to have several")
+        raise ValueError(
+            "only one adapter may train biases of the base model; set bias='none' for all adapters to have several"
+        )

@@ -49,14 +49,22 @@ class AutoPeftModel:
         Raises:
             ValueError: there is no adapter, or it names no base model or no class for it.
         """
-        adapter_hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS} | ({"revision": revision} if revision else {})
-        saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter_hub) if config is None else config
+        adapter_hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS} | (
+            {"revision": revision} if revision else {}
+        )
+        saved = (
+            PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter_hub)
+            if config is None
+            else config
+        )
         if saved.base_model_name_or_path is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not say which base model it belongs to (base_model_name_or_path is null); "
                 "load that model yourself and use PeftModel.from_pretrained(model, adapter)"
             )
-        base = cls._base_class(saved).from_pretrained(saved.base_model_name_or_path, revision=saved.revision or "main", **kwargs)
+        base = cls._base_class(saved).from_pretrained(
+            saved.base_model_name_or_path, revision=saved.revision or "main", **kwargs
+        )
         return cls.peft_class.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **adapter_hub
         )
@@ -68,10 +76,13 @@ class AutoPeftModel:
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
         if saved.task_type is not None:
-            return getattr(transformers, next(c.auto_class for c in AUTO_CLASSES if c.peft_class is PeftModel.for_task[saved.task_type]))
+            return getattr(transformers, AUTO_CLASS_OF[PeftModel.for_task[saved.task_type]])
         name = (saved.auto_mapping or {}).get("base_model_class")
         if name is None or not hasattr(transformers, name):
-            raise ValueError(f"the adapter names no task and the base class {name!r}, which transformers does not have; use a task's own AutoPeftModelFor...")
+            raise ValueError(
+                f"the adapter names no task and the base class {name!r}, which transformers does "
+                "not have; use a task's own AutoPeftModelFor..."
+            )
         return getattr(transformers, name)
 
 
@@ -111,11 +122,7 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     auto_class, peft_class = "AutoModel", PeftModelForFeatureExtraction
 
 
-AUTO_CLASSES: tuple[type[AutoPeftModel], ...] = (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForFeatureExtraction,
-)
+AUTO_CLASS_OF: dict[type[PeftModel], str] = {
+    c.peft_class: c.auto_class for c in AutoPeftModel.__subclasses__() if c.auto_class is not None
+}
+"""transformers' Auto class for each class of ``PeftModel``."""

@@ -1,8 +1,8 @@
 """PEFT's adapter format, both ways. This is the only place that knows how names in memory and on disk relate.
 
-    in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_model.model.h.0.attn.lora_A.weight
-                base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
-                base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
+in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_model.model.h.0.attn.lora_A.weight
+            base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
+            base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,18 @@ def set_peft_model_state_dict(
     live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
     wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict}
-    wrong = [(d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape]
+    wrong = [
+        (d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape
+    ]
     if wrong and not ignore_mismatched_sizes:
-        lines = [f"{d}: {tuple(peft_model_state_dict[d].shape)} in the state, {tuple(live[m].shape)} in the model" for d, m in wrong if m]
-        raise AdapterFileError("the state does not fit the model (size mismatch); nothing was loaded:\n  " + "\n  ".join(lines))
+        lines = [
+            f"{d}: {tuple(peft_model_state_dict[d].shape)} in the state, {tuple(live[m].shape)} in the model"
+            for d, m in wrong
+            if m
+        ]
+        raise AdapterFileError(
+            "the state does not fit the model (size mismatch); nothing was loaded:\n  " + "\n  ".join(lines)
+        )
     fitting = {d: m for d, m in wanted.items() if m is not None and (d, m) not in wrong}
     with torch.no_grad():
         for disk, name in fitting.items():
@@ -121,8 +129,14 @@ def set_peft_model_state_dict(
 def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
     """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
     owner_path = names[0].rpartition(".")[0]
-    layer = next(m for _, m in _ancestors(model, owner_path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)))
-    device = layer.kind.device if isinstance(layer, AdaptedLayer) else next(layer.original_module.parameters()).device
+    layer = next(
+        m for _, m in _ancestors(model, owner_path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper))
+    )
+    device = (
+        layer.kind.device
+        if isinstance(layer, AdaptedLayer)
+        else next(layer.original_module.parameters()).device
+    )
     parameter = nn.Parameter(value.to(device), requires_grad=present.requires_grad)
     for name in names:
         path, _, attribute = name.rpartition(".")
@@ -156,11 +170,16 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             for name in () if slot.owner else slot.parameters():
                 column, _, rest = name.partition(".")
                 disk = _respell(name, slot.method.on_disk)
-                keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = f"{prefix}{path}.{disk}"
+                keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = (
+                    f"{prefix}{path}.{disk}"
+                )
         elif isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             for name in wrapper.modules_to_save[adapter_name].state_dict():
                 keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{prefix}{path}.{name}"
-    keys |= {name: name for name in _bias_names(prefix, bare, getattr(configs[adapter_name], "bias", "none"), adapter_name)}
+    keys |= {
+        name: name
+        for name in _bias_names(prefix, bare, getattr(configs[adapter_name], "bias", "none"), adapter_name)
+    }
     return keys
 
 
@@ -177,11 +196,19 @@ def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> list[str]:
-    names = [f"{prefix}{name}" for name, _ in bare.named_parameters() if name.rsplit(".", 1)[-1] == "bias" and ".lora_" not in name]
+    names = [
+        f"{prefix}{name}"
+        for name, _ in bare.named_parameters()
+        if name.rsplit(".", 1)[-1] == "bias" and ".lora_" not in name
+    ]
     if mode == "all":
         return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]
     if mode == "lora_only":
-        layers = {f"{prefix}{path}" for path, w in wrappers(bare) if isinstance(w, AdaptedLayer) and adapter_name in w.slots}
+        layers = {
+            f"{prefix}{path}"
+            for path, w in wrappers(bare)
+            if isinstance(w, AdaptedLayer) and adapter_name in w.slots
+        }
         return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
     return []
 
@@ -189,9 +216,10 @@ def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> l
 def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> list[str]:
     prefix, bare = _bare_model(model)
     if save == "auto":
-        config: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, union-attr]
+        config: PeftConfig = cast("Any", model).peft_config[adapter_name]
         adapted = any(
-            isinstance(w, AdaptedLayer) and adapter_name in w.slots and path.rsplit(".", 1)[-1] in EMBEDDINGS for path, w in wrappers(bare)
+            isinstance(w, AdaptedLayer) and adapter_name in w.slots and path.rsplit(".", 1)[-1] in EMBEDDINGS
+            for path, w in wrappers(bare)
         )
         save = adapted or _vocabulary_resized(bare, config)
     if not save:
@@ -201,7 +229,11 @@ def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["a
         layer = getattr(bare, get)() if hasattr(bare, get) else None
         if isinstance(layer, AdaptedLayer):
             layer = layer.base_layer
-        found += [f"{prefix}{path}.weight" for path, module in bare.named_modules() if module is layer and hasattr(module, "weight")]
+        found += [
+            f"{prefix}{path}.weight"
+            for path, module in bare.named_modules()
+            if module is layer and hasattr(module, "weight")
+        ]
     return found
 
 
@@ -215,7 +247,10 @@ def _vocabulary_resized(bare: nn.Module, config: PeftConfig) -> bool:
 
 
 def load_peft_weights(
-    model_id: str | os.PathLike[str], device: str | torch.device | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hub: Any,
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter by their keys on disk.
 
@@ -272,17 +307,30 @@ class SavedAdapter:
         """
         expected = set(disk_keys(model, name).values())
         missing = sorted(expected - self.tensors.keys())
-        unexpected = sorted(key for key in self.tensors.keys() - expected if not key.endswith(WHOLE_EMBEDDING))
+        unexpected = sorted(
+            key for key in self.tensors.keys() - expected if not key.endswith(WHOLE_EMBEDDING)
+        )
         if missing or unexpected:
             raise AdapterFileError(
-                f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has {_some(unexpected)} "
+                f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has "
+                f"{_some(unexpected)} "
                 "that the model does not know: is it an adapter of another base model, or was another configuration passed?"
             )
         return set_peft_model_state_dict(model, self.tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+    return (
+        f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        if names
+        else "nothing"
+    )
 
 
-__all__ = ["CONFIG_NAME", "IncompatibleKeys", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"]
+__all__ = [
+    "CONFIG_NAME",
+    "IncompatibleKeys",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+]

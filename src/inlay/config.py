@@ -25,7 +25,7 @@ class TaskType(str, Enum):
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
     CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105
+    TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
@@ -77,7 +77,9 @@ class PeftConfig:
             self.task_type = TaskType(self.task_type)
         for name, only in self.not_implemented.items():
             if getattr(self, name) != only:
-                raise ValueError(f"{type(self).__name__}.{name}={getattr(self, name)!r} is not implemented in Inlay; leave it at {only!r}")
+                raise ValueError(
+                    f"{type(self).__name__}.{name}={getattr(self, name)!r} is not implemented in Inlay; leave it at {only!r}"
+                )
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -92,7 +94,9 @@ class PeftConfig:
     def method_name(self) -> str:
         """Return the key of this configuration's method in ``inlay.method.METHODS``."""
         if self.peft_type is None:
-            raise ValueError("peft_type is not set: use the configuration class of a method, for example LoraConfig")
+            raise ValueError(
+                "peft_type is not set: use the configuration class of a method, for example LoraConfig"
+            )
         return str(self.peft_type.value if isinstance(self.peft_type, Enum) else self.peft_type)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +118,10 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls: type[Config], pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls: type[Config],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> Config:
         """Read ``adapter_config.json`` from a folder or a hub repository into the class of its method.
 
@@ -124,7 +131,9 @@ class PeftConfig:
         from .files import locate
 
         hub = {k: kwargs.pop(k) for k in list(kwargs) if k in HUB_ARGUMENTS}
-        values = cls.from_json_file(locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub))
+        values = cls.from_json_file(
+            locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        )
         return cls.from_peft_type(**(values | kwargs))
 
     @classmethod
@@ -139,7 +148,9 @@ class PeftConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path_json_file} is not valid JSON: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path_json_file} holds a {type(values).__name__}, not an object with an adapter's fields")
+            raise ValueError(
+                f"{path_json_file} holds a {type(values).__name__}, not an object with an adapter's fields"
+            )
         return values
 
     @classmethod
@@ -148,18 +159,25 @@ class PeftConfig:
         from .method import method_by_name
 
         name = kwargs.get("peft_type")
-        target = cls if name is None else cast("type[Config]", method_by_name(str(getattr(name, "value", name))).config)
+        target = (
+            cls
+            if name is None
+            else cast("type[Config]", method_by_name(str(getattr(name, "value", name))).config)
+        )
         known = {f.name for f in fields(target) if f.init}
         if unknown := {k: v for k, v in kwargs.items() if k not in known and v not in (None, False, [], {})}:
             warnings.warn(
-                f"fields {sorted(unknown)} are unknown to {target.__name__} and were ignored; the file may come from a newer version",
+                f"fields {sorted(unknown)} are unknown to {target.__name__} and were ignored; "
+                "the file may come from a newer version",
                 PeftWarning,
                 stacklevel=2,
             )
         return target(**{k: v for k, v in kwargs.items() if k in known})
 
 
-HUB_ARGUMENTS = frozenset({"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"})
+HUB_ARGUMENTS = frozenset(
+    {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
+)
 """Arguments of ``from_pretrained`` that are meant for the hub, not for the configuration."""
 
 

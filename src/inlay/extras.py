@@ -54,7 +54,9 @@ class ModulesToSaveWrapper(nn.Module):
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[0] % len(route):
-            raise ValueError(f"adapter_names has {len(route)} entries but a saved module received {x.shape[0]} rows, not a multiple of it")
+            raise ValueError(
+                f"adapter_names has {len(route)} entries but a saved module received {x.shape[0]} rows, not a multiple of it"
+            )
         repeats = x.shape[0] // len(route)
         names = [name if name in self.modules_to_save else BASE for name in route for _ in range(repeats)]
         out: Tensor | None = None

@@ -59,7 +59,9 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], safe_serialization: 
             plain[key] = value.clone()
         seen.add(storage.data_ptr())
     if safe_serialization:
-        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+        write_atomically(
+            folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"})
+        )
     else:
         write_atomically(folder / WEIGHTS_NAME, lambda path: torch.save(plain, path))
 
@@ -95,7 +97,10 @@ def _is_repository(name: str) -> bool:
 
 
 def read_tensors(
-    model_id: str | os.PathLike[str], device: str | torch.device | None = None, subfolder: str | None = None, **hub: Any
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter by their keys on disk: safetensors first, else a pickle of weights only.
 
@@ -112,11 +117,19 @@ def read_tensors(
         except ValueError:
             raise no_safetensors from None
     try:
-        tensors = load_file(path, device=where) if path.suffix == ".safetensors" else torch.load(path, map_location=where, weights_only=True)
+        tensors = (
+            load_file(path, device=where)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location=where, weights_only=True)
+        )
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise AdapterFileError(f"{path} cannot be read as an adapter ({_first_line(error)}); it may be truncated") from error
+        raise AdapterFileError(
+            f"{path} cannot be read as an adapter ({_first_line(error)}); it may be truncated"
+        ) from error
     except Exception as error:  # the unpickler's own class is not a subclass of any of the above
-        raise AdapterFileError(f"{path} holds more than tensors, which could run code, and was not loaded") from error
+        raise AdapterFileError(
+            f"{path} holds more than tensors, which could run code, and was not loaded"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(f"{path} does not hold a dictionary of tensors")
     return tensors

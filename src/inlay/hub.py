@@ -12,7 +12,11 @@ from .files import write_atomically
 if TYPE_CHECKING:
     from .peft_model import PeftModel
 
-_PIPELINE_TAGS = {TaskType.CAUSAL_LM: "text-generation", TaskType.SEQ_CLS: "text-classification", TaskType.TOKEN_CLS: "token-classification"}
+_PIPELINE_TAGS = {
+    TaskType.CAUSAL_LM: "text-generation",
+    TaskType.SEQ_CLS: "text-classification",
+    TaskType.TOKEN_CLS: "token-classification",
+}
 
 
 def write_model_card(folder: Path, config: PeftConfig) -> None:
@@ -79,6 +83,10 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, safe_serialization=safe_serialization, **kwargs)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=commit_message or "Upload adapter", revision=revision, create_pr=create_pr
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=commit_message or "Upload adapter",
+            revision=revision,
+            create_pr=create_pr,
         )
     return str(commit)

@@ -37,9 +37,13 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
     if settled.target_modules is None:
-        settled.target_modules = default_targets(model, required=not getattr(settled, "target_parameters", None))
+        settled.target_modules = default_targets(
+            model, required=not getattr(settled, "target_parameters", None)
+        )
     elif settled.target_modules == ALL_LINEAR:
-        settled.target_modules = set(linear_paths(model, settled.task_type)) - set(find_saved(model, settled.modules_to_save or ()))
+        settled.target_modules = set(linear_paths(model, settled.task_type)) - set(
+            find_saved(model, settled.modules_to_save or ())
+        )
     return settled
 
 
@@ -55,11 +59,21 @@ def plan(model: nn.Module, config: Any) -> Plan:
     if getattr(config, "ensure_weight_tying", False):
         saved = with_tied(saved, known)
     tokens = _token_places(model, config, known)
-    inside_saved = [place for place in known.values() if any(s in place.inside or s is place.module for s in (p.module for p in saved))]
+    inside_saved = [
+        place
+        for place in known.values()
+        if any(s in place.inside or s is place.module for s in (p.module for p in saved))
+    ]
     blocked = {place.path for place in inside_saved}
-    paths = find_targets((path for path in known if path not in blocked), config) if config.target_modules else []
+    paths = (
+        find_targets((path for path in known if path not in blocked), config) if config.target_modules else []
+    )
     layers = [(known[path], "weight") for path in paths]
-    layers += [item for item in _parameter_places(known, getattr(config, "target_parameters", None) or ()) if item not in layers]
+    layers += [
+        item
+        for item in _parameter_places(known, getattr(config, "target_parameters", None) or ())
+        if item not in layers
+    ]
     if not layers:
         raise NoMatchingPeftModuleError(
             f"Nothing was targeted for adaptation: target_modules={config.target_modules or None}, "
@@ -68,12 +82,17 @@ def plan(model: nn.Module, config: Any) -> Plan:
     for place, param in layers:
         if kind_of(place.module, param) is None:
             raise ValueError(
-                f"Target module {place.path} ({type(place.module).__name__}) is not supported. Adapters can sit on: {supported_layers()}."
+                f"Target module {place.path} ({type(place.module).__name__}) is not supported. "
+                f"Adapters can sit on: {supported_layers()}."
             )
         if place in [p for p, _ in tokens]:
-            raise ValueError(f"trainable_token_indices names {place.path}, which the adapter already targets; choose one of the two")
+            raise ValueError(
+                f"trainable_token_indices names {place.path}, which the adapter already targets; choose one of the two"
+            )
     if len({p.module for p in saved} & {p.module for p, _ in tokens}):
-        raise ValueError("trainable_token_indices and modules_to_save name the same embedding; choose one of the two")
+        raise ValueError(
+            "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
+        )
     check_tying(config, [p for p, _ in layers], saved, known)
     return Plan(method_by_name(config.method_name())(), _with_out_projections(known, layers), saved, tokens)
 
@@ -86,7 +105,9 @@ def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable
                 yield place, param
 
 
-def _with_out_projections(known: dict[str, Place], layers: list[tuple[Place, str]]) -> list[tuple[Place, str]]:
+def _with_out_projections(
+    known: dict[str, Place], layers: list[tuple[Place, str]]
+) -> list[tuple[Place, str]]:
     """Adapt the output projection of every attention module that is targeted as a whole, as PEFT does."""
     extended = list(layers)
     for place, param in layers:
@@ -103,18 +124,30 @@ def _token_places(model: nn.Module, config: Any, known: dict[str, Place]) -> lis
         return []
     if not isinstance(wanted, dict):
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-        name = next(path for path, place in known.items() if place.wrapper is embedding or place.module is embedding)
+        name = next(
+            path for path, place in known.items() if place.wrapper is embedding or place.module is embedding
+        )
         wanted = {name: list(wanted)}
     found = []
     for name, rows in wanted.items():
         hits = [place for path, place in known.items() if matches(path, [name])]
         if not hits:
-            raise ValueError(f"Target modules {{{name!r}}} not found in the base model: trainable_token_indices names no module of it.")
+            raise ValueError(
+                f"Target modules {{{name!r}}} not found in the base model: trainable_token_indices names no module of it."
+            )
         found += [(place, list(rows)) for place in hits]
     return found
 
 
-def inject(model: nn.Module, config: Any, name: str, switch: Switch, *, initialise: bool = True, full_precision: bool = True) -> list[Slot]:
+def inject(
+    model: nn.Module,
+    config: Any,
+    name: str,
+    switch: Switch,
+    *,
+    initialise: bool = True,
+    full_precision: bool = True,
+) -> list[Slot]:
     """Set an adapter into a model, in place. If anything fails, the model is as it was.
 
     Args:
@@ -186,7 +219,9 @@ def _wrap(place: Place, param: str, switch: Switch) -> AdaptedLayer:
 def _save_whole(place: Place, name: str, switch: Switch) -> None:
     wrapper = place.wrapper
     if isinstance(wrapper, AdaptedLayer):
-        raise ValueError(f"modules_to_save names {place.path}, which another adapter targets; choose one of the two")
+        raise ValueError(
+            f"modules_to_save names {place.path}, which another adapter targets; choose one of the two"
+        )
     if not isinstance(wrapper, ModulesToSaveWrapper):
         wrapper = ModulesToSaveWrapper(place.module, switch)
         place.replace(wrapper)
@@ -195,7 +230,10 @@ def _save_whole(place: Place, name: str, switch: Switch) -> None:
 
 def _add_token_rows(model: nn.Module, place: Place, rows: list[int], name: str, switch: Switch) -> list[Slot]:
     """Train rows of an embedding, and the same rows of the output layer that is tied to it."""
-    method, config = METHODS["TRAINABLE_TOKENS"](), TrainableTokensConfig(token_indices=rows, target_modules=[place.path])
+    method, config = (
+        METHODS["TRAINABLE_TOKENS"](),
+        TrainableTokensConfig(token_indices=rows, target_modules=[place.path]),
+    )
     slots = [_token_layer(place, switch).add(name, method, config, place.path)]
     for tied in tied_places(place, places(model).values()):
         slot = _token_layer(tied, switch).add(name, method, config, tied.path)
@@ -208,7 +246,9 @@ def _token_layer(place: Place, switch: Switch) -> AdaptedLayer:
     if not isinstance(place.wrapper, TrainableTokensWrapper):
         kind = kind_of(place.module)
         if kind is None or isinstance(place.wrapper, (AdaptedLayer, ModulesToSaveWrapper)):
-            raise ValueError(f"trainable_token_indices cannot be set on {place.path} ({type(place.wrapper).__name__})")
+            raise ValueError(
+                f"trainable_token_indices cannot be set on {place.path} ({type(place.wrapper).__name__})"
+            )
         place.replace(TrainableTokensWrapper(AdaptedLayer(place.module, kind, switch)))
     layer = place.wrapper.token_adapter
     assert isinstance(layer, AdaptedLayer)

@@ -26,10 +26,17 @@ def prepare_model_for_kbit_training(
         p.requires_grad_(False)
     if not getattr(model, "is_quantized", False) or _method(model) in ("bitsandbytes", "hqq"):
         for p in model.parameters():
-            if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ not in ("Params4bit", "Int8Params"):
+            if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ not in (
+                "Params4bit",
+                "Int8Params",
+            ):
                 p.data = p.data.float()
     if use_gradient_checkpointing:
-        settings = {"use_reentrant": True} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        settings = (
+            {"use_reentrant": True}
+            if gradient_checkpointing_kwargs is None
+            else gradient_checkpointing_kwargs
+        )
         if settings.get("use_reentrant", True):
             model.enable_input_require_grads()  # type: ignore[operator]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
@@ -40,4 +47,8 @@ def prepare_model_for_kbit_training(
 
 def _method(model: nn.Module) -> str:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return str(getattr(config, "quant_method", "bitsandbytes" if config is not None else "")).rsplit(".", 1)[-1].lower()
+    return (
+        str(getattr(config, "quant_method", "bitsandbytes" if config is not None else ""))
+        .rsplit(".", 1)[-1]
+        .lower()
+    )

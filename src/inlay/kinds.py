@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,10 +107,12 @@ class LayerKind:
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:
         """Return new, uninitialised factors ``(down, up)`` of a rank-r update."""
         if up_bias and not self.bias:
-            raise ValueError(f"lora_bias=True is not supported on the parameter {self.param}, which has no bias; leave it at False")
+            raise ValueError(
+                f"lora_bias=True is not supported on the parameter {self.param}, which has no bias; leave it at False"
+            )
         where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        down = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, **where)
-        return down, nn.utils.skip_init(nn.Linear, r, self.out_features, bias=up_bias, **where)
+        down = uninitialised(nn.Linear, self.in_features, r, bias=False, **where)
+        return down, uninitialised(nn.Linear, r, self.out_features, bias=up_bias, **where)
 
     def flat(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors' weights as plain matrices ``up[out, r]`` and ``down[r, in]``."""
@@ -130,7 +132,11 @@ class LayerKind:
         return F.linear(F.linear(x, down), up)
 
 
-@layer_kind(lambda m, p: p == "weight" and hasattr(m, "in_features") and hasattr(m, "out_features") and hasattr(m, "weight"))
+@layer_kind(
+    lambda m, p: (
+        p == "weight" and hasattr(m, "in_features") and hasattr(m, "out_features") and hasattr(m, "weight")
+    )
+)
 class Linear(LayerKind):
     """``nn.Linear`` and everything shaped like it, quantised or not. W[out, in]."""
 
@@ -158,13 +164,14 @@ class Conv1D(Linear):
 
     def __init__(self, layer: nn.Module, param: str) -> None:
         LayerKind.__init__(self, layer, param)
-        self.in_features, self.out_features = layer.weight.shape  # type: ignore[union-attr, misc, assignment]
+        self.in_features, self.out_features = cast("Any", layer).weight.shape
         self.standard = type(layer).forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
 
     def matrix(self, w: Tensor) -> Tensor:
         return w.mT
 
-    native = matrix
+    def native(self, m: Tensor) -> Tensor:
+        return m.mT
 
     def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -191,7 +198,11 @@ class Conv(LayerKind):
         self.function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
         self.in_channels, self.out_features, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.padding_mode = layer.kernel_size, layer.padding_mode
-        self.geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        self.geometry: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+        }
         self.edges = list(layer._reversed_padding_repeated_twice)
         self.in_features = layer.in_channels // layer.groups * layer.weight.shape[2:].numel()
 
@@ -233,8 +244,10 @@ class Conv(LayerKind):
             )
         where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         geometry = self.geometry | {"padding_mode": self.padding_mode, "bias": False}
-        down = nn.utils.skip_init(self.conv, self.in_channels, r, self.kernel_size, **geometry, **where)
-        return down, nn.utils.skip_init(self.conv, r, self.out_features, 1, groups=self.groups, bias=up_bias, **where)
+        down = uninitialised(self.conv, self.in_channels, r, self.kernel_size, **geometry, **where)
+        return down, uninitialised(
+            self.conv, r, self.out_features, 1, groups=self.groups, bias=up_bias, **where
+        )
 
     def flat(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         return _block_diagonal(up.flatten(1), self.groups), down.flatten(1)
@@ -258,13 +271,17 @@ class Embedding(LayerKind):
         super().__init__(layer, param)
         assert isinstance(layer, nn.Embedding)
         self.in_features, self.out_features = layer.num_embeddings, layer.embedding_dim
-        self.lookup: dict[str, Any] = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq}
+        self.lookup: dict[str, Any] = {
+            "padding_idx": layer.padding_idx,
+            "scale_grad_by_freq": layer.scale_grad_by_freq,
+        }
         self.layer = layer
 
     def matrix(self, w: Tensor) -> Tensor:
         return w.mT
 
-    native = matrix
+    def native(self, m: Tensor) -> Tensor:
+        return m.mT
 
     def apply(self, x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
         return self.scaled(F.embedding(x, m.mT, **self.lookup))
@@ -273,7 +290,9 @@ class Embedding(LayerKind):
         if up_bias:
             raise ValueError("lora_bias=True is not supported on an embedding layer, which has no bias")
         where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        return nn.Parameter(torch.empty(r, self.in_features, **where)), nn.Parameter(torch.empty(self.out_features, r, **where))
+        return nn.Parameter(torch.empty(r, self.in_features, **where)), nn.Parameter(
+            torch.empty(self.out_features, r, **where)
+        )
 
     def through(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return self.scaled(F.linear(F.embedding(x, down.mT, **self.lookup), up))
@@ -312,7 +331,8 @@ class InProjection(LayerKind):
         if layer.in_proj_weight is None:
             raise ValueError(
                 f"MultiheadAttention with kdim={layer.kdim} and vdim={layer.vdim} unlike embed_dim={layer.embed_dim} keeps three "
-                "separate projections; adapt them with target_parameters=['...q_proj_weight', '...k_proj_weight', '...v_proj_weight']"
+                "separate projections; adapt them with "
+                "target_parameters=['...q_proj_weight', '...k_proj_weight', '...v_proj_weight']"
             )
         super().__init__(layer, "in_proj_weight")
         self.out_features, self.in_features = layer.in_proj_weight.shape
@@ -338,7 +358,8 @@ class Experts(LayerKind):
     def matrix(self, w: Tensor) -> Tensor:
         return w.mT if self.transposed else w
 
-    native = matrix
+    def native(self, m: Tensor) -> Tensor:
+        return m.mT if self.transposed else m
 
     def factors(self, r: int, up_bias: bool = False) -> tuple[Factor, Factor]:
         return super().factors(r * self.experts, up_bias)
@@ -352,6 +373,15 @@ class Experts(LayerKind):
         return torch.einsum("ore,eri->eoi", b, a)
 
 
+def uninitialised(module: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Return a module whose parameters have memory but no values yet."""
+    new: nn.Module = nn.utils.skip_init(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+    return new
+
+
 def _block_diagonal(m: Tensor, groups: int) -> Tensor:
     """Return ``m[out, in]`` of a grouped map as the dense ``[out, groups * in]`` with zeros between the groups."""
-    return m if groups == 1 else torch.block_diag(*m.chunk(groups))
+    if groups == 1:
+        return m
+    dense: Tensor = torch.block_diag(*m.chunk(groups))  # type: ignore[no-untyped-call]
+    return dense

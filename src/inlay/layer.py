@@ -1,36 +1,30 @@
-"""The one wrapper: it stands where an adapted layer stood.
+"""The one wrapper: it stands where an adapted layer stood, and computes what its adapters make of it.
 
-    AdaptedLayer                     in memory (the keys of PEFT)
-    |- base_layer                    ...query.base_layer.weight
-    |- lora_A   {adapter: module}    ...query.lora_A.default.weight      a column
-    |- lora_B   {adapter: module}    ...query.lora_B.default.weight      a column
-    |- scaling  {adapter: number}                                        a column of plain numbers
-    |- slots    {adapter: Slot}      one adapter's view across the columns
-    `- switch                        which adapters are on; shared by the whole model
+What each adapter does is up to its ``Method``; where adapters and their parameters are kept is in ``slots.py``. Adapters
+that are on are applied by the fastest path that they all have:
 
-Columns are modules or parameters of the layer itself, so that optimisers, checkpoints, FSDP2 and ``.to()`` see ordinary
-PyTorch. What the layer computes is up to each adapter's ``Method``.
+    one adapter, plain layer        method.fused(x)                      base product and delta in one function
+    additive adapters               after(x, base_layer(before(x)))      deltas are added to the output
+    anything else                   base_layer with merge(W, b)          right by definition
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .config import PeftConfig
 from .kinds import LayerKind
-from .layer_verbs import LayerVerbs
-from .method import Method, Slot
+from .method import Slot
+from .slots import SlottedLayer
 from .stores import store_of
-from .switch import BASE, Setting, Switch
+from .switch import BASE, Switch
 
 
-class AdaptedLayer(LayerVerbs, nn.Module):
+class AdaptedLayer(SlottedLayer):
     """A frozen layer and the adapters on it.
 
     Args:
@@ -40,14 +34,13 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         read_through: whether the parent reads ``weight`` instead of calling the layer; ``weight`` is then the adapted one.
     """
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, switch: Switch, read_through: bool = False) -> None:
-        super().__init__()
-        self.base_layer, self.kind, self.switch, self.read_through = base_layer, kind, switch, read_through
+    def __init__(
+        self, base_layer: nn.Module, kind: LayerKind, switch: Switch, read_through: bool = False
+    ) -> None:
+        super().__init__(base_layer, kind, switch)
+        self.read_through = read_through
         self.store = store_of(base_layer, kind.param)
-        self.slots: dict[str, Slot] = {}
-        self.merged_adapters: list[str] = []
         self.originals: dict[str, nn.Parameter] = {}  # base parameters that merging replaced
-        self.apart: tuple[int, dict[str, Any]] = (-1, {})  # changes to this layer alone, and the switch's epoch they belong to
         self.train(base_layer.training)
 
     # ------------------------------------------------------------------ forward
@@ -59,19 +52,8 @@ class AdaptedLayer(LayerVerbs, nn.Module):
             return self._run_mixed(setting.route, x, *args, **kwargs)
         if self.merged_adapters and not setting.enabled:
             return self._run_with(self.originals, x, *args, **kwargs)
-        slots = self._live_slots(setting)
+        slots = self.live_slots(setting)
         return self._run(slots, x, *args, **kwargs) if slots else self.base_layer(x, *args, **kwargs)
-
-    def setting(self) -> Setting:
-        """Return the setting that holds for this layer in this thread."""
-        setting = self.switch.now()
-        epoch, changes = self.apart
-        return replace(setting, **changes) if epoch == self.switch.epoch else setting
-
-    def _live_slots(self, setting: Setting) -> list[Slot]:
-        if not setting.enabled or self.merged_adapters:
-            return []
-        return [self.slots[name] for name in setting.active if name in self.slots]
 
     def _run(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.kind.direct or not _compose_on_activations(slots):
@@ -90,13 +72,20 @@ class AdaptedLayer(LayerVerbs, nn.Module):
     def _is_bare(self) -> bool:
         """Whether calling the base layer is its plain product and nothing else: no hooks, no forward of its own."""
         layer = self.base_layer
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        hooked = (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        )
         return self.kind.standard and self.store.plain and not hooked and "forward" not in layer.__dict__
 
     def _run_merged(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for slot in slots:
             if reason := slot.method.beyond_merge(slot):
-                raise ValueError(f"adapter {slot.name!r} cannot use {reason} here, where it runs through merged weights")
+                raise ValueError(
+                    f"adapter {slot.name!r} cannot use {reason} here, where it runs through merged weights"
+                )
         return self._run_with(self.adapted_tensors(slots), x, *args, **kwargs)
 
     def _run_with(self, tensors: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -105,14 +94,20 @@ class AdaptedLayer(LayerVerbs, nn.Module):
             w, b = tensors[self.kind.param], tensors.get(self.kind.bias, self.base_bias())
             return self.kind.apply(x, self.kind.matrix(w), b)
         prefix = "base_layer." * _depth(self.base_layer)
-        return functional_call(self.base_layer, {prefix + key: value for key, value in tensors.items()}, (x, *args), kwargs)
+        return functional_call(
+            self.base_layer, {prefix + key: value for key, value in tensors.items()}, (x, *args), kwargs
+        )
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run each sample through its own adapter. Rows of one sample stay together, as in ``[batch * beams, ...]``."""
         if not self.kind.direct or args or kwargs:
-            raise ValueError(f"adapter_names is not supported on {type(self.base_layer).__name__} layers; run one adapter at a time")
+            raise ValueError(
+                f"adapter_names is not supported on {type(self.base_layer).__name__} layers; run one adapter at a time"
+            )
         if x.shape[0] % len(route):
-            raise ValueError(f"adapter_names has {len(route)} entries but a layer received {x.shape[0]} rows, not a multiple of it")
+            raise ValueError(
+                f"adapter_names has {len(route)} entries but a layer received {x.shape[0]} rows, not a multiple of it"
+            )
         repeats = x.shape[0] // len(route)
         names = [name if name in self.slots else BASE for name in route for _ in range(repeats)]
         order = sorted(range(len(names)), key=names.__getitem__)
@@ -146,7 +141,9 @@ class AdaptedLayer(LayerVerbs, nn.Module):
                 f"adapter {name!r} starts by changing the base weights, which adapters {others} were made for; give it a model of its "
                 "own, or convert it with save_pretrained(path_initial_model_for_weight_conversion=...) and load the result"
             )
-        self._install(self.kind.param, self.store.wrap(self.host, self.kind.param, self.kind.native(w).contiguous()))
+        self._install(
+            self.kind.param, self.store.wrap(self.host, self.kind.param, self.kind.native(w).contiguous())
+        )
 
     def base_bias(self) -> Tensor | None:
         """Return the base bias b[out], or None."""
@@ -154,26 +151,16 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         return bias if isinstance(bias, Tensor) else None
 
     @property
-    def host(self) -> nn.Module:
-        """The module that owns the adapted parameter."""
-        return self.get_base_layer()
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the layer as it was before any adapter."""
-        layer = self.base_layer
-        while isinstance(layer, AdaptedLayer):
-            layer = layer.base_layer
-        return layer
-
-    @property
     def weight(self) -> Tensor:
         """The base layer's weight (of a layer that is only read, never called: the adapted weight)."""
-        return self._seen("weight")
+        weight: Tensor = self._seen("weight")
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return self._seen("bias")
+        bias: Tensor | None = self._seen("bias")
+        return bias
 
     def _seen(self, name: str) -> Any:
         present = getattr(self.base_layer, name)
@@ -183,56 +170,11 @@ class AdaptedLayer(LayerVerbs, nn.Module):
         if self.merged_adapters:
             return present if setting.enabled else self.originals.get(name, present)
         if setting.route is not None and setting.enabled and self.slots:
-            raise ValueError(f"adapter_names is not supported on {type(self.host).__name__} layers whose weight is read, not called")
-        slots = self._live_slots(setting)
+            raise ValueError(
+                f"adapter_names is not supported on {type(self.host).__name__} layers whose weight is read, not called"
+            )
+        slots = self.live_slots(setting)
         return self.adapted_tensors(slots).get(name, present) if slots else present
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
-
-    # ------------------------------------------------------------------ adapters
-
-    def column(self, name: str) -> Any:
-        """Return a column, the dictionary of one part over all adapters."""
-        module = self._modules.get(name)
-        return module if module is not None else self.__dict__[name]
-
-    def add(self, name: str, method: Method, config: PeftConfig, path: str) -> Slot:
-        """Build an adapter's columns. Nothing is changed if the method refuses.
-
-        Raises:
-            ValueError: the name is taken, the method refuses the layer, or another method uses a column in another way.
-        """
-        if name in self.slots:
-            raise ValueError(f"Adapter with name {name!r} already exists on layer {path}.")
-        columns = method.build(self.kind, config, path)
-        for column, entry in columns.items():
-            present = self._modules.get(column)
-            if present is not None and not isinstance(present, _column_type(entry)):
-                raise ValueError(f"adapter {name!r} cannot share layer {path} with an adapter that keeps {column!r} in another form")
-        slot = Slot(self, name, method, config)
-        for column, entry in columns.items():
-            if column not in self._modules and column not in self.__dict__:
-                setattr(self, column, _column_type(entry)())
-            self.column(column)[name] = entry
-            slot.columns.append(column)
-            if isinstance(entry, nn.Module):
-                entry.train(self.training)
-        self.slots[name] = slot
-        return slot
-
-    def remove(self, name: str) -> None:
-        """Drop an adapter and every column that held nothing else."""
-        slot = self.slots.pop(name)
-        for column in slot.columns:
-            del self.column(column)[name]
-            if not len(self.column(column)):
-                delattr(self, column)
 
     # ------------------------------------------------------------------ merging
 
@@ -274,7 +216,9 @@ class AdaptedLayer(LayerVerbs, nn.Module):
             return
         tensors = self.adapted_tensors(slots)
         if safe_merge and not all(bool(t.isfinite().all()) for t in tensors.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {slots[-1].name} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {slots[-1].name} seems to be broken"
+            )
         for key, value in tensors.items():
             self.originals.setdefault(key, getattr(self.host, key))
             self._install(key, self._parameter_for(key, value, slots))
@@ -301,8 +245,20 @@ class AdaptedLayer(LayerVerbs, nn.Module):
             self.kind.adjust(self.host, parameter)
         setattr(self.host, key, parameter)
 
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter adds to the base weight, in the layer's own layout and in at least float32.
+
+        Raises:
+            ValueError: the adapter does not sit on this layer.
+        """
+        if adapter not in self.slots:
+            raise ValueError(f"Adapter {adapter} not found on this layer. There are: {sorted(self.slots)}")
+        slot = self.slots[adapter]
+        return self.kind.native(slot.method.delta(slot))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, p in self.originals.items():
             self.originals[name] = p if p is None else nn.Parameter(fn(p.data), requires_grad=p.requires_grad)
         for slot in self.slots.values():
@@ -318,8 +274,6 @@ def _depth(layer: nn.Module) -> int:
 
 
 def _compose_on_activations(slots: Sequence[Slot]) -> bool:
-    return all(s.method.works_on_activations() for s in slots) and (len(slots) == 1 or all(s.method.additive for s in slots))
-
-
-def _column_type(entry: Any) -> type:
-    return nn.ModuleDict if isinstance(entry, nn.Module) else nn.ParameterDict if isinstance(entry, nn.Parameter) else dict
+    return all(s.method.works_on_activations() for s in slots) and (
+        len(slots) == 1 or all(s.method.additive for s in slots)
+    )

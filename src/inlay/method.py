@@ -39,7 +39,9 @@ class Slot:
     def __init__(self, layer: AdaptedLayer, name: str, method: Method, config: PeftConfig) -> None:
         self.layer, self.name, self.method, self.config = layer, name, method, config
         self.columns: list[str] = []
-        self.owner: Slot | None = None  # the slot whose parameters these are, where two tied layers share them
+        self.owner: Slot | None = (
+            None  # the slot whose parameters these are, where two tied layers share them
+        )
         self.cache: dict[str, Any] = {}
 
     def __getitem__(self, column: str) -> Any:
@@ -151,7 +153,9 @@ def method_by_name(name: str) -> type[Method]:
     load_built_in()
     if name not in METHODS:
         hint = difflib.get_close_matches(name, METHODS, n=1)
-        raise ValueError(f"unknown method {name!r}{f'; did you mean {hint[0]!r}?' if hint else ''} (known: {', '.join(sorted(METHODS))})")
+        raise ValueError(
+            f"unknown method {name!r}{f'; did you mean {hint[0]!r}?' if hint else ''} (known: {', '.join(sorted(METHODS))})"
+        )
     return METHODS[name]
 
 

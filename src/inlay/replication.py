@@ -25,9 +25,15 @@ def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
     parent, attribute, blocks = _blocks(model)
     for start, end in ranges:
         if not 0 <= start < end <= len(blocks):
-            raise ValueError(f"layer_replication range [{start}, {end}) does not lie in the {len(blocks)} blocks of the model")
+            raise ValueError(
+                f"layer_replication range [{start}, {end}) does not lie in the {len(blocks)} blocks of the model"
+            )
     order = [index for start, end in ranges for index in range(start, end)]
-    setattr(parent, attribute, nn.ModuleList(_sharing_copy(blocks[index], position) for position, index in enumerate(order)))
+    setattr(
+        parent,
+        attribute,
+        nn.ModuleList(_sharing_copy(blocks[index], position) for position, index in enumerate(order)),
+    )
     config: Any = getattr(model, "config", None)
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         if name in vars(config or object) and getattr(config, name) == len(blocks):
@@ -43,9 +49,15 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         for attribute, child in parent._modules.items()
         if isinstance(child, nn.ModuleList) and len(child) and len({type(block) for block in child}) == 1
     ]
-    outer = [item for item in lists if not any(item[2] is inner for _, _, other in lists for block in other for inner in block.modules())]
+    outer = [
+        item
+        for item in lists
+        if not any(item[2] is inner for _, _, other in lists for block in other for inner in block.modules())
+    ]
     if len(outer) != 1:
-        raise ValueError(f"layer_replication needs a model with exactly one list of like blocks; {type(model).__name__} has {len(outer)}")
+        raise ValueError(
+            f"layer_replication needs a model with exactly one list of like blocks; {type(model).__name__} has {len(outer)}"
+        )
     return outer[0]
 
 

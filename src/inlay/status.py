@@ -57,7 +57,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     bare, prefix = _bare(model)
     found = [_layer_status(f"{prefix}{path}", layer) for path, layer in adapted_layers(bare)]
     if not found:
-        raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model or that you have adapters injected.")
+        raise ValueError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have adapters injected."
+        )
     return found
 
 
@@ -81,7 +83,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         enabled=_common([layer.enabled for layer in layers]),
         active_adapters=_common([layer.active_adapters for layer in layers]),
         merged_adapters=_common([layer.merged_adapters for layer in layers]),
-        requires_grad={n: _common([v for layer in layers if (v := layer.requires_grad.get(n)) is not None]) for n in names},
+        requires_grad={
+            n: _common([v for layer in layers if (v := layer.requires_grad.get(n)) is not None])
+            for n in names
+        },
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
     )

@@ -35,7 +35,8 @@ def store_of(layer: nn.Module, param: str) -> WeightStore:
     weight = getattr(layer, param)
     if not weight.is_floating_point():
         raise ValueError(
-            f"{type(layer).__name__}.{param} holds {weight.dtype} numbers (class {type(weight).__name__}) that Inlay cannot read; "
+            f"{type(layer).__name__}.{param} holds {weight.dtype} numbers (class {type(weight).__name__}) "
+            "that Inlay cannot read; "
             "register a WeightStore for them with inlay.stores.weight_store"
         )
     return WeightStore()

@@ -45,7 +45,9 @@ class Switch:
         """Return the setting that holds in this thread."""
         if not self.by_thread:
             return self.setting
-        if torch.compiler.is_compiling():  # a traced program cannot ask which thread it is; it is traced inside the block
+        if (
+            torch.compiler.is_compiling()
+        ):  # a traced program cannot ask which thread it is; it is traced inside the block
             return next(iter(self.by_thread.values()))
         return self.by_thread.get(get_ident(), self.setting)
 

@@ -18,7 +18,8 @@ HEADS = ("classifier", "score")
 """Names under which transformers keeps the head of a sequence or token classifier."""
 
 _DEFAULT_TARGETS: dict[str, str] = {
-    "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3 whisper",
+    "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm "
+    "gemma gemma2 gemma3_text qwen2 qwen3 whisper",
     "query value": "bert roberta xlm-roberta electra layoutlm",
     "query value q_proj v_proj": "vit",
     "q v": "t5 mt5 umt5",
@@ -51,7 +52,11 @@ def default_targets(model: nn.Module, required: bool = True) -> Collection[str] 
     if model_type in DEFAULT_TARGETS:
         targets = DEFAULT_TARGETS[model_type]
         paths = [path for path, _ in model.named_modules()]
-        return targets if isinstance(targets, str) else {t for t in targets if any(matches(path, [t]) for path in paths)}
+        return (
+            targets
+            if isinstance(targets, str)
+            else {t for t in targets if any(matches(path, [t]) for path in paths)}
+        )
     if not required:
         return None
     raise ValueError(
@@ -96,7 +101,11 @@ def find_targets(paths: Iterable[str], config: Any) -> list[str]:
     if isinstance(targets, (set, list, tuple)):
         unused = sorted(t for t in targets if not any(matches(path, [t]) for path in candidates))
         if unused:
-            warnings.warn(f"no module matches target_modules entries {unused}{_suggestion(unused, candidates)}", PeftWarning, stacklevel=2)
+            warnings.warn(
+                f"no module matches target_modules entries {unused}{_suggestion(unused, candidates)}",
+                PeftWarning,
+                stacklevel=2,
+            )
     return found
 
 
@@ -144,9 +153,17 @@ def _in_layers(path: str, config: Any) -> bool:
 
 def _suggestion(targets: Any, paths: Iterable[str]) -> str:
     """Return a did-you-mean clause for names that match nothing."""
-    known = sorted({path.rsplit(".", 1)[-1] for path in paths if path and not path.rsplit(".", 1)[-1].isdigit()})
+    known = sorted(
+        {path.rsplit(".", 1)[-1] for path in paths if path and not path.rsplit(".", 1)[-1].isdigit()}
+    )
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
-    near = sorted({match for t in wanted for match in difflib.get_close_matches(t.rsplit(".", 1)[-1], known, n=2, cutoff=0.6)})
+    near = sorted(
+        {
+            match
+            for t in wanted
+            for match in difflib.get_close_matches(t.rsplit(".", 1)[-1], known, n=2, cutoff=0.6)
+        }
+    )
     if near:
         return f"; did you mean {near}?"
     return f"; the model's modules end in {known[:20]}{' ...' if len(known) > 20 else ''}"

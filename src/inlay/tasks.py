@@ -38,11 +38,17 @@ def get_peft_model(
         ValueError: the configuration does not fit the model, or the model already is a ``PeftModel``.
     """
     if isinstance(model, PeftModel):
-        raise ValueError("the model already is a PeftModel; use model.add_adapter(name, config) for another adapter, or model.unload() first")
+        raise ValueError(
+            "the model already is a PeftModel; use model.add_adapter(name, config) for another adapter, or model.unload() first"
+        )
     name = base_name(model) or peft_config.base_model_name_or_path
     config = replace(peft_config, base_model_name_or_path=name, revision=revision or peft_config.revision)
-    cls = PeftModel.for_task.get(config.task_type, PeftModel)
-    return cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return class_for(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def class_for(config: PeftConfig, asked: type[PeftModel] = PeftModel) -> type[PeftModel]:
+    """Return the class of a configuration's task, unless a more particular one than ``PeftModel`` was asked for."""
+    return asked if asked is not PeftModel else PeftModel.for_task.get(config.task_type, PeftModel)
 
 
 def inject_adapter_in_model(
@@ -66,7 +72,9 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         found = {key[: key.index(".lora_")] for key in state_dict if ".lora_" in key}
-        peft_config = replace(cast("Any", peft_config), target_modules={f.removeprefix("base_model.model.") for f in found})
+        peft_config = replace(
+            cast("Any", peft_config), target_modules={f.removeprefix("base_model.model.") for f in found}
+        )
     adapted = AdaptedModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     cast("Any", model).peft_config = adapted.peft_config
     return model

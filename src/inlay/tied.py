@@ -16,7 +16,13 @@ from .walk import Place
 def tied_places(place: Place, known: Iterable[Place]) -> list[Place]:
     """Return the other places whose module has the very same weight."""
     weight = getattr(place.module, "weight", None)
-    return [other for other in known if weight is not None and other.module is not place.module and getattr(other.module, "weight", None) is weight]
+    return [
+        other
+        for other in known
+        if weight is not None
+        and other.module is not place.module
+        and getattr(other.module, "weight", None) is weight
+    ]
 
 
 def with_tied(saved: Sequence[Place], known: dict[str, Place]) -> list[Place]:
@@ -36,7 +42,9 @@ def tie_copies(saved: Sequence[Place], name: str) -> None:
         copied.weight = first.setdefault(id(wrapper.original_module.weight), copied.weight)
 
 
-def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], known: dict[str, Place]) -> None:
+def check_tying(
+    config: Any, adapted: Sequence[Place], saved: Sequence[Place], known: dict[str, Place]
+) -> None:
     """Warn where adapting one of two tied modules pulls them apart; refuse to keep LoRA's updates of both tied.
 
     Raises:
@@ -47,14 +55,16 @@ def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], k
         return
     if not getattr(config, "ensure_weight_tying", False):
         warnings.warn(
-            f"{both[0][0]} and {both[0][1]} share one weight, and the adapter changes only what it names: they are no longer tied. "
+            f"{both[0][0]} and {both[0][1]} share one weight, and the adapter changes only what it names: "
+            "they are no longer tied. "
             "Set ensure_weight_tying=True to keep modules_to_save and trained tokens tied.",
             PeftWarning,
             stacklevel=2,
         )
     elif any(tied_places(p, known.values()) for p in adapted):
         raise ValueError(
-            f"ensure_weight_tying=True cannot keep low-rank updates of {both[0][0]} and {both[0][1]} tied; name them in modules_to_save, "
+            f"ensure_weight_tying=True cannot keep low-rank updates of {both[0][0]} and {both[0][1]} tied; "
+            "name them in modules_to_save, "
             "train rows with trainable_token_indices, or leave ensure_weight_tying at False"
         )
 
@@ -62,8 +72,15 @@ def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], k
 def note_untied(model: nn.Module) -> None:
     """Record in a model's configuration that its embeddings are no longer tied, so that saving it keeps both."""
     config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+    if (
+        config is None
+        or not getattr(config, "tie_word_embeddings", False)
+        or not hasattr(model, "get_output_embeddings")
+    ):
         return
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    if all(e is not None and not isinstance(e, ModulesToSaveWrapper) for e in ends) and ends[0].weight is not ends[1].weight:
+    if (
+        all(e is not None and not isinstance(e, ModulesToSaveWrapper) for e in ends)
+        and ends[0].weight is not ends[1].weight
+    ):
         config.tie_word_embeddings = False

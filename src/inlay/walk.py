@@ -67,7 +67,9 @@ def places(model: nn.Module) -> dict[str, Place]:
             if place is not None:
                 place.parents.append((parent, attribute))
                 continue
-            place = by_id[id(bare)] = found[here] = Place(here, bare, child, real_here, [(parent, attribute)], (*inside, parent))
+            place = by_id[id(bare)] = found[here] = Place(
+                here, bare, child, real_here, [(parent, attribute)], (*inside, parent)
+            )
             visit(bare, here, real_here + inner, place.inside)
 
     visit(model, "", "", ())
@@ -87,5 +89,11 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = place.real_path, place.wrapper
         while module is not place.module:
             yield path, module
-            attribute = "base_layer" if isinstance(module, AdaptedLayer) else "token_adapter" if isinstance(module, TrainableTokensWrapper) else "original_module"
+            attribute = (
+                "base_layer"
+                if isinstance(module, AdaptedLayer)
+                else "token_adapter"
+                if isinstance(module, TrainableTokensWrapper)
+                else "original_module"
+            )
             path, module = f"{path}.{attribute}", getattr(module, attribute)

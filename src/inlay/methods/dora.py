@@ -1,4 +1,4 @@
-"""DoRA: LoRA on the direction of each row of a weight, and its length apart. Liu et al. 2024, https://arxiv.org/abs/2402.09353
+"""DoRA: LoRA on the direction of each row of a weight, and its length apart. Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
     V = W + s B A                 W[out, in], A[r, in], B[out, r]
     W' = m V / ||V||              m[out]; ||V||[out] is the norm of each row, a constant for the gradient (section 4.3)
@@ -11,7 +11,7 @@ Authors' code: https://github.com/NVlabs/DoRA
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class Magnitude(nn.Module):
 
 
 class Dora(Method, name="DORA"):
+    """W' = m V / ||V||, V = W + s B A; see the top of this file."""
+
     config = LoraConfig
-    on_disk = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+    on_disk: ClassVar[dict[str, str]] = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 
     def build(self, kind: LayerKind, config: LoraConfig, path: str) -> dict[str, Column]:
         columns = LORA.build(kind, config, path)
@@ -64,7 +66,9 @@ class Dora(Method, name="DORA"):
         if ready is None:
             return None
         a, b = slot["lora_A"].weight, slot["lora_B"].weight
-        return dora_linear(x, *ready, a, b, _magnitude(slot), slot["scaling"], dropout_now(slot), _current_norm(slot))
+        return dora_linear(
+            x, *ready, a, b, _magnitude(slot), slot["scaling"], dropout_now(slot), _current_norm(slot)
+        )
 
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         direction, _ = LORA.merge(slot, w, b)
@@ -93,7 +97,8 @@ def row_norm(slot: Slot, w: Tensor, squares: Tensor | None = None) -> Tensor:
     down, up, _ = factors(slot, exact)
     if isinstance(slot.kind, Experts) or torch.compiler.is_compiling():
         with torch.autocast(w.device.type, enabled=False):
-            return torch.linalg.vector_norm(slot.kind.add_product(w.to(exact), up, down, slot["scaling"]), dim=-1)
+            norm: Tensor = slot.kind.add_product(w.to(exact), up, down, slot["scaling"]).norm(dim=-1)
+        return norm
     up, down = slot.kind.flat(up, down)
     return dora_norm(slot.kind.widen(w), down, up, slot["scaling"], squares)
 
@@ -102,7 +107,11 @@ def _current_norm(slot: Slot) -> Tensor:
     """Return the norm for the base weight; outside training, from the cache while nothing it depends on has changed."""
     w = slot.weight()
     parts = [w, *(p for name, p in slot.parameters().items() if "magnitude" not in name)]
-    if torch.compiler.is_compiling() or isinstance(slot.kind, Experts) or any(p.is_inference() for p in parts):
+    if (
+        torch.compiler.is_compiling()
+        or isinstance(slot.kind, Experts)
+        or any(p.is_inference() for p in parts)
+    ):
         return row_norm(slot, w)
     of_base = (w.data_ptr(), w._version)
     if slot.cache.get("of_base") != of_base:

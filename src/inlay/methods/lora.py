@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update of a frozen weight. Hu et al. 2021, https://arxiv.org/abs/2106.09685
+"""LoRA: a low-rank update of a frozen weight. Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
     W' = W + s B A        W[out, in], A[r, in], B[out, r], s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
 
@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class LoraConfig(PeftConfig):
         ValueError: values that contradict each other, or a field of PEFT that Inlay does not implement yet.
     """
 
-    not_implemented = {
+    not_implemented: ClassVar[dict[str, Any]] = {
         "megatron_config": None, "corda_config": None, "lora_ga_config": None, "velora_config": None, "kasa_config": None,
         "alora_invocation_tokens": None, "use_qalora": False, "monteclora_config": None, "use_bdlora": None, "arrow_config": None,
     }  # fmt: skip
@@ -110,7 +110,10 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules, self.exclude_modules = name_set(self.target_modules), name_set(self.exclude_modules)
+        self.target_modules, self.exclude_modules = (
+            name_set(self.target_modules),
+            name_set(self.exclude_modules),
+        )
         if isinstance(self.eva_config, dict):
             self.eva_config = EvaConfig(**self.eva_config)
         if isinstance(self.loftq_config, LoftQConfig):
@@ -120,17 +123,31 @@ class LoraConfig(PeftConfig):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability in [0, 1)")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str; name the layers in the expression.")
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and self.layers_to_transform is not None
+        ):
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str; name the layers in the expression."
+            )
         if isinstance(self.init_lora_weights, str) and not is_init(self.init_lora_weights):
-            raise ValueError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}; known: True, False, {sorted(INITS)}")
+            raise ValueError(
+                f"Unknown initialization init_lora_weights={self.init_lora_weights!r}; known: True, False, {sorted(INITS)}"
+            )
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if self.use_dora and self.lora_bias:
-            raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+            raise ValueError(
+                "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
+            )
         if self.runtime_config.ephemeral_gpu_offload:
-            raise ValueError("runtime_config.ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
+            raise ValueError(
+                "runtime_config.ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False"
+            )
 
     def method_name(self) -> str:
         return "DORA" if self.use_dora else super().method_name()
@@ -142,6 +159,8 @@ class LoraConfig(PeftConfig):
 
 
 class Lora(Method, name="LORA"):
+    """W' = W + s B A; see the top of this file."""
+
     config = LoraConfig
     additive = True
 
@@ -152,10 +171,13 @@ class Lora(Method, name="LORA"):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         if config.lora_dropout and not kind.direct:
             raise ValueError(
-                f"lora_dropout={config.lora_dropout} is not possible on {path}, whose {kind.param} is adapted through merged weights; set it to 0"
+                f"lora_dropout={config.lora_dropout} is not possible on {path}, whose {kind.param} "
+                "is adapted through merged weights; set it to 0"
             )
         down, up = kind.factors(r, up_bias=config.lora_bias)
-        names = ("lora_A", "lora_B") if isinstance(down, nn.Module) else ("lora_embedding_A", "lora_embedding_B")
+        names = (
+            ("lora_A", "lora_B") if isinstance(down, nn.Module) else ("lora_embedding_A", "lora_embedding_B")
+        )
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         columns: dict[str, Column] = {"lora_dropout": dropout, names[0]: down, names[1]: up}
         return columns | {"r": r, "lora_alpha": alpha, "scaling": scale_of(alpha, r, config)}
@@ -187,7 +209,8 @@ class Lora(Method, name="LORA"):
 
     def delta(self, slot: Slot) -> Tensor:
         down, up, _ = factors(slot, torch.promote_types(slot.kind.dtype, torch.float32))
-        return slot["scaling"] * slot.kind.product(up, down)
+        scale: float = slot["scaling"]
+        return scale * slot.kind.product(up, down)
 
     def unit_scale(self, slot: Slot) -> float:
         return scale_of(slot["lora_alpha"], slot["r"], slot.config)
@@ -201,7 +224,11 @@ def factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
     if "lora_A" not in slot.columns:
         return slot["lora_embedding_A"].to(dtype), slot["lora_embedding_B"].to(dtype), None
     up = slot["lora_B"]
-    return slot["lora_A"].weight.to(dtype), up.weight.to(dtype), None if up.bias is None else up.bias.to(dtype)
+    return (
+        slot["lora_A"].weight.to(dtype),
+        up.weight.to(dtype),
+        None if up.bias is None else up.bias.to(dtype),
+    )
 
 
 def dropout_now(slot: Slot) -> float:
@@ -216,7 +243,11 @@ def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     They apply to plain linear layers in eager mode. A compiler fuses the plain operations itself, and ``torch.func``
     transforms need them.
     """
-    if not isinstance(slot.kind, Linear) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (
+        not isinstance(slot.kind, Linear)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return None
     w = slot.weight()
     return (w, slot.bias()) if x.dtype == w.dtype or torch.is_autocast_enabled(x.device.type) else None

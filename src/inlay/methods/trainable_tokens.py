@@ -43,16 +43,26 @@ class TrainableTokensConfig(PeftConfig):
 
 
 class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
+    """W'[token] = delta[i]; see the top of this file."""
+
     config = TrainableTokensConfig
 
     def build(self, kind: LayerKind, config: TrainableTokensConfig, path: str) -> dict[str, Column]:
         if not isinstance(kind, (Embedding, Linear)):
             raise ValueError(f"trainable tokens need an embedding or an output layer; {path} is neither")
-        num, dim = (kind.in_features, kind.out_features) if isinstance(kind, Embedding) else (kind.out_features, kind.in_features)
+        num, dim = (
+            (kind.in_features, kind.out_features)
+            if isinstance(kind, Embedding)
+            else (kind.out_features, kind.in_features)
+        )
         wrong = [t for t in config.token_indices if not 0 <= t < num]
         if wrong or not config.token_indices:
-            raise ValueError(f"token indices {wrong or '(none given)'} are not rows of {path}, which has rows 0 to {num - 1}")
-        delta = nn.Parameter(torch.empty(len(config.token_indices), dim, device=kind.device, dtype=kind.dtype))
+            raise ValueError(
+                f"token indices {wrong or '(none given)'} are not rows of {path}, which has rows 0 to {num - 1}"
+            )
+        delta = nn.Parameter(
+            torch.empty(len(config.token_indices), dim, device=kind.device, dtype=kind.dtype)
+        )
         return {"trainable_tokens_delta": delta}
 
     @torch.no_grad()
@@ -75,7 +85,9 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
         return y.index_copy(-1, tokens, logits.to(y.dtype))
 
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return _rows(slot, _rows(slot, w).index_copy(0, _tokens(slot), slot["trainable_tokens_delta"].to(w.dtype))), b
+        return _rows(
+            slot, _rows(slot, w).index_copy(0, _tokens(slot), slot["trainable_tokens_delta"].to(w.dtype))
+        ), b
 
 
 def _rows(slot: Slot, w: Tensor) -> Tensor:
