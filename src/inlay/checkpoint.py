@@ -25,7 +25,7 @@ from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
 from .targets import model_config
-from .walk import wrappers
+from .walk import Place, places, unwrapped, wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
@@ -214,27 +214,28 @@ def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> l
 
 
 def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> list[str]:
+    """Return the names of embeddings that are saved whole: adapted ones, or both where the vocabulary has another size."""
     prefix, bare = _bare_model(model)
-    if save == "auto":
-        config: PeftConfig = cast("Any", model).peft_config[adapter_name]
-        adapted = any(
-            isinstance(w, AdaptedLayer) and adapter_name in w.slots and path.rsplit(".", 1)[-1] in EMBEDDINGS
-            for path, w in wrappers(bare)
-        )
-        save = adapted or _vocabulary_resized(bare, config)
-    if not save:
+    if save is False:
         return []
+    whole = save is True or _vocabulary_resized(bare, cast("Any", model).peft_config[adapter_name])
     found = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(bare, get)() if hasattr(bare, get) else None
-        if isinstance(layer, AdaptedLayer):
-            layer = layer.base_layer
-        found += [
-            f"{prefix}{path}.weight"
-            for path, module in bare.named_modules()
-            if module is layer and hasattr(module, "weight")
-        ]
+    for path, place in places(bare).items():
+        wrapper = place.wrapper
+        adapted = isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots
+        at_an_end = path.rsplit(".", 1)[-1] in EMBEDDINGS or _is_embedding(bare, place)
+        if (adapted and path.rsplit(".", 1)[-1] in EMBEDDINGS) or (whole and at_an_end):
+            found.append(f"{prefix}{place.real_path}{unwrapped(wrapper)[1]}.weight")
     return found
+
+
+def _is_embedding(bare: Any, place: Place) -> bool:
+    ends = [
+        getattr(bare, get)()
+        for get in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(bare, get)
+    ]
+    return any(end is not None and unwrapped(end)[0] is place.module for end in ends)
 
 
 def _vocabulary_resized(bare: nn.Module, config: PeftConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from .errors import NoMatchingPeftModuleError
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
 from .kinds import kind_of, supported_layers
 from .layer import AdaptedLayer
-from .method import METHODS, Method, Slot, method_by_name
-from .methods.trainable_tokens import TrainableTokensConfig
+from .method import Method, Slot, method_by_name
+from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .switch import Switch
-from .targets import ALL_LINEAR, default_targets, find_targets, linear_paths, matches
+from .targets import ALL_LINEAR, find_targets, linear_paths, matches
 from .tied import check_tying, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
 from .walk import Place, adapted_layers, places
@@ -37,8 +37,9 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
     if settled.target_modules is None:
-        settled.target_modules = default_targets(
-            model, required=not getattr(settled, "target_parameters", None)
+        method = method_by_name(config.method_name())()
+        settled.target_modules = method.default_targets(
+            model, not getattr(settled, "target_parameters", None)
         )
     elif settled.target_modules == ALL_LINEAR:
         settled.target_modules = set(linear_paths(model, settled.task_type)) - set(
@@ -93,8 +94,9 @@ def plan(model: nn.Module, config: Any) -> Plan:
         raise ValueError(
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
-    check_tying(config, [p for p, _ in layers], saved, known)
-    return Plan(method_by_name(config.method_name())(), _with_out_projections(known, layers), saved, tokens)
+    method = method_by_name(config.method_name())()
+    check_tying(config, [] if method.follows_tying else [p for p, _ in layers], saved, known)
+    return Plan(method, _with_out_projections(known, layers), saved, tokens)
 
 
 def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable[tuple[Place, str]]:
@@ -166,6 +168,8 @@ def inject(
     try:
         for place, param in chosen.layers:
             slots.append(_wrap(place, param, switch).add(name, chosen.method, config, place.path))
+            if chosen.method.follows_tying:
+                slots += _tied_slots(model, place, slots[-1], lambda tied: _wrap(tied, "weight", switch))
         for place, rows in chosen.tokens:
             slots += _add_token_rows(model, place, rows, name, switch)
         for place in chosen.saved:
@@ -230,16 +234,19 @@ def _save_whole(place: Place, name: str, switch: Switch) -> None:
 
 def _add_token_rows(model: nn.Module, place: Place, rows: list[int], name: str, switch: Switch) -> list[Slot]:
     """Train rows of an embedding, and the same rows of the output layer that is tied to it."""
-    method, config = (
-        METHODS["TRAINABLE_TOKENS"](),
-        TrainableTokensConfig(token_indices=rows, target_modules=[place.path]),
-    )
-    slots = [_token_layer(place, switch).add(name, method, config, place.path)]
+    config = TrainableTokensConfig(token_indices=rows, target_modules=[place.path])
+    slot = _token_layer(place, switch).add(name, TrainableTokens(), config, place.path)
+    return [slot, *_tied_slots(model, place, slot, lambda tied: _token_layer(tied, switch))]
+
+
+def _tied_slots(
+    model: nn.Module, place: Place, slot: Slot, wrap: Callable[[Place], AdaptedLayer]
+) -> Iterable[Slot]:
+    """Give every layer that is tied to an adapted one a slot with the same parameters."""
     for tied in tied_places(place, places(model).values()):
-        slot = _token_layer(tied, switch).add(name, method, config, tied.path)
-        slot.owner = slots[0]
-        slots.append(slot)
-    return slots
+        twin = wrap(tied).add(slot.name, slot.method, slot.config, tied.path)
+        twin.owner = slot
+        yield twin
 
 
 def _token_layer(place: Place, switch: Switch) -> AdaptedLayer:

@@ -14,9 +14,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+
+from .targets import default_targets
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -85,6 +88,8 @@ class Method:
     config: ClassVar[type[PeftConfig]]
     additive: ClassVar[bool] = False
     """Whether ``after`` adds to y something that depends on x alone, so that several such adapters commute."""
+    follows_tying: ClassVar[bool] = False
+    """Whether a layer that is tied to an adapted one gets the same adapter, with the same parameters."""
     on_disk: ClassVar[dict[str, str]] = {}
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
 
@@ -124,6 +129,14 @@ class Method:
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight ``W'[..., out, in]`` and bias ``b'[out]``, without changing the given ones."""
         raise NotImplementedError
+
+    def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
+        """Return the modules to adapt where the user names none.
+
+        Raises:
+            ValueError: there are none for this model, and ``required``.
+        """
+        return default_targets(model, required)
 
     def delta(self, slot: Slot) -> Tensor:
         """Return ``W' - W`` for the base weight, as a canonical matrix."""

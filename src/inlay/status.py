@@ -8,8 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from .adapted_model import AdaptedModel
+from .extras import ModulesToSaveWrapper
 from .layer import AdaptedLayer
-from .walk import adapted_layers
+from .switch import Setting
+from .walk import wrappers
 
 Irregular = Literal["irregular"]
 
@@ -55,7 +57,12 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: the model has no adapters.
     """
     bare, prefix = _bare(model)
-    found = [_layer_status(f"{prefix}{path}", layer) for path, layer in adapted_layers(bare)]
+    found: list[TunerLayerStatus] = []
+    for path, wrapper in wrappers(bare):
+        if isinstance(wrapper, AdaptedLayer):
+            found.append(_layer_status(f"{prefix}{path}", wrapper))
+        elif isinstance(wrapper, ModulesToSaveWrapper):
+            found.append(_saved_status(f"{prefix}{path}", wrapper))
     if not found:
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have adapters injected."
@@ -99,15 +106,26 @@ def _bare(model: nn.Module) -> tuple[nn.Module, str]:
 
 def _layer_status(path: str, layer: AdaptedLayer) -> TunerLayerStatus:
     parameters = {name: list(slot.parameters().values()) for name, slot in layer.slots.items()}
-    setting = layer.setting()
+    kind = f"adapted.{type(layer.get_base_layer()).__name__}"
+    return _status(path, kind, layer.setting(), layer.merged_adapters, parameters)
+
+
+def _saved_status(path: str, wrapper: ModulesToSaveWrapper) -> TunerLayerStatus:
+    parameters = {name: list(module.parameters()) for name, module in wrapper.modules_to_save.items()}
+    return _status(path, type(wrapper).__name__, wrapper.switch.now(), [], parameters)
+
+
+def _status(
+    path: str, kind: str, setting: Setting, merged: list[str], parameters: dict[str, list[nn.Parameter]]
+) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=path,
-        module_type=f"adapted.{type(layer.get_base_layer()).__name__}",
+        module_type=kind,
         enabled=setting.enabled,
         active_adapters=list(setting.active),
-        merged_adapters=list(layer.merged_adapters),
+        merged_adapters=list(merged),
         requires_grad={name: _common([p.requires_grad for p in ps]) for name, ps in parameters.items()},
-        available_adapters=sorted(layer.slots),
+        available_adapters=sorted(parameters),
         devices={name: sorted({p.device.type for p in ps}) for name, ps in parameters.items()},
     )
 

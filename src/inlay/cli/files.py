@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, told_as
 
 TASK_FILE = "inlay_task.json"
 
@@ -90,6 +90,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def safetensors_header(adapter: Path) -> dict[str, Any]:
+    """Return name, shape, dtype and place of each tensor in an adapter folder, without reading the tensors."""
+    file = adapter / "adapter_model.safetensors"
+    with told_as(f"cannot read {file}"), file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > file.stat().st_size:
+            raise ValueError("it is truncated, or no safetensors file")
+        header: dict[str, Any] = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _umask() -> int:

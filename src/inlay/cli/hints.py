@@ -13,7 +13,8 @@ from .errors import did_you_mean, one_line
 
 UNKNOWN_WORDS = re.compile(r"unrecognized arguments: (?P<words>.*)")
 UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option) '(?P<key>[^']+)'")
-WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":.*?(?:Got value|Given value): (?P<value>.*)', re.DOTALL)
+WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":')
+VALUES = tuple(re.compile(p, re.DOTALL) for p in (r"Given value: (.*)$", r"Got value: (.*)$", r"Not of type \w+: (.*?) does not conform"))
 MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 COMMAND = re.compile(r"invalid choice: '(?P<word>[^']*)'")
 
@@ -42,8 +43,9 @@ def explained(message: str, command: str, parser: Any, commands: Iterable[str]) 
     if found := UNKNOWN_KEY.search(message):
         known = [o.removeprefix("--").replace("-", "_") for o in options]
         return f"unknown option {found['key']!r} in the YAML file{did_you_mean(found['key'], known)}{help_hint}"
-    if found := WRONG_VALUE.search(message):
-        return _wrong_value(found["key"].removeprefix(f"{command}."), found["value"].strip(), parser)
+    value = next((found[1] for pattern in VALUES if (found := pattern.search(message))), None)
+    if value is not None and (found := WRONG_VALUE.search(message)):
+        return _wrong_value(found["key"].removeprefix(f"{command}."), value.strip(), parser)
     if found := MISSING.search(message):
         keys = [_shown(key.strip().removeprefix(f"{command}."), options) for key in found["keys"].split(",")]
         return f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} needed{help_hint}"
@@ -78,6 +80,8 @@ def _in_words(hint: Any) -> str:
         PositiveFloat: "a number above 0", NonNegativeFloat: "a number of at least 0", ClosedUnitInterval: "a number from 0 to 1",
     }  # fmt: skip
     parts = [arg for arg in typing.get_args(hint) if arg is not type(None)] if typing.get_args(hint) else [hint]
-    if typing.get_origin(hint) in (list, dict, set):
+    if typing.get_origin(hint) is dict:
+        return "a mapping of names to values"
+    if typing.get_origin(hint) in (list, set):
         parts = [hint]
     return " or ".join(names.get(part, str(part).removeprefix("typing.")) for part in parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, told_as
-from .files import TASK_FILE, read_json
+from .files import TASK_FILE, read_json, safetensors_header
 from .options import Inspect
 from .tables import table
 

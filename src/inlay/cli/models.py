@@ -16,7 +16,7 @@ import inlay
 
 from . import catalogue
 from .errors import UserError, told_as
-from .files import TASK_FILE, read_json
+from .files import TASK_FILE, read_json, safetensors_header
 from .options import Train
 from .tasks import FILES, task_class
 from .tasks.base import Settings, Task
@@ -196,18 +196,6 @@ def _guessed_settings(place: Path) -> Settings:
         raise UserError(f"{place} has no {TASK_FILE} and no known task_type, so what it does is unknown; 'inlay train' writes that file")
     heads = [entry["shape"] for key, entry in safetensors_header(place).items() if key.endswith(HEAD_WEIGHTS)]
     return Settings(names[0], labels=list(range(heads[0][0])) if heads else [], max_length=0)
-
-
-def safetensors_header(adapter: Path) -> dict[str, Any]:
-    """Return name, shape, dtype and place of each tensor in an adapter folder, without reading the tensors."""
-    file = adapter / "adapter_model.safetensors"
-    with told_as(f"cannot read {file}"), file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError("it is truncated, or no safetensors file")
-        header: dict[str, Any] = json.loads(opened.read(size))
-    header.pop("__metadata__", None)
-    return header
 
 
 def base_of(adapter: Path, override: str | None) -> str:

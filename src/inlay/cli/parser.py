@@ -134,7 +134,13 @@ def _filled(options: type, values: Namespace) -> Any:
     """Return the dataclass with the parsed values."""
     hints = typing.get_type_hints(options)
     told = [f.name for f in fields(options) if f.metadata]
-    return options(**{n: _filled(hints[n], values[n]) if is_dataclass(hints[n]) else values[n] for n in told})
+    return options(**{n: _filled(hints[n], values[n]) if is_dataclass(hints[n]) else _plain(values[n]) for n in told})
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of the parser's restricted types as plain ones."""
+    number = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if number is None else number(value)
 
 
 def _given_for_method(name: str, values: Namespace) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def _jsonl(file: IO[bytes], name: str) -> Numbered:
 def _separated(delimiter: str) -> Callable[[IO[bytes], str], Numbered]:
     def read(file: IO[bytes], name: str) -> Numbered:
         csv.field_size_limit(2**31 - 1)
-        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(file))
+        rows = csv.reader(texts, delimiter=delimiter, strict=True)
         try:
             header = next(rows, None)
             for row in rows:

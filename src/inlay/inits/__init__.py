@@ -32,7 +32,7 @@ class Initialisation:
 
     Attributes:
         function: sets the values of a slot, which holds random factors already.
-        check: raises ValueError where ``(kind, config, r, the layer in words)`` rule it out; before anything is changed.
+        check: raises ValueError where ``(kind, config, r, the layer in words)`` rule it out.
         changes_base: whether it gives the base layer another weight, which the adapter then goes with.
     """
 
@@ -46,7 +46,7 @@ INITS: dict[str, Initialisation] = {}
 
 @dataclass
 class LoftQConfig:
-    """Settings of ``init_lora_weights="loftq"``: bits of the quantised base (2, 4, 8) and rounds of alternation."""
+    """Settings of ``init_lora_weights="loftq"``: bits of the base (2, 4 or 8) and rounds of alternation."""
 
     loftq_bits: int = 4
     loftq_iter: int = 1
@@ -55,7 +55,9 @@ class LoftQConfig:
         if self.loftq_bits not in (2, 4, 8):
             raise ValueError(f"loftq_bits={self.loftq_bits} is not possible; choose 2, 4 or 8")
         if self.loftq_iter < 1:
-            raise ValueError(f"loftq_iter={self.loftq_iter} is not possible; choose 1 or more rounds of alternation")
+            raise ValueError(
+                f"loftq_iter={self.loftq_iter} is not possible; choose 1 or more rounds of alternation"
+            )
 
 
 @dataclass
@@ -88,7 +90,7 @@ class EvaConfig:
 def initialisation(
     name: str, check: Check | None = None, changes_base: bool = False
 ) -> Callable[[Callable[[Slot], None]], Callable[[Slot], None]]:
-    """Register a function of a slot as a way to start LoRA; the other arguments are those of ``Initialisation``."""
+    """Register a function of a slot as a way to start LoRA; the rest is as in ``Initialisation``."""
 
     def register(function: Callable[[Slot], None]) -> Callable[[Slot], None]:
         INITS[name] = Initialisation(function, check, changes_base)
@@ -98,7 +100,7 @@ def initialisation(
 
 
 def base_name(name: str) -> str:
-    """Return the registered name of an ``init_lora_weights`` that carries a number, as ``pissa_niter_16`` does."""
+    """Return the registered name of an ``init_lora_weights`` that may carry a number (``pissa_niter_16``)."""
     return name.split("_niter_")[0]
 
 
@@ -109,7 +111,7 @@ def is_init(name: str) -> bool:
 
 
 def changes_base(config: Any) -> bool:
-    """Whether an adapter of this configuration goes with another base weight than the model's, made when it is added."""
+    """Whether an adapter of this configuration goes with other base weights, made when it is added."""
     how = config.init_lora_weights
     return isinstance(how, str) and INITS[base_name(how)].changes_base
 
@@ -159,7 +161,7 @@ def _start_linear(slot: Slot, how: bool | str) -> None:
 
 @initialisation("gaussian")
 def gaussian(slot: Slot) -> None:
-    """A normal with deviation 1 / r, as the authors of LoRA describe it; an embedding's factors start as with True."""
+    """A normal with deviation 1 / r, as LoRA's authors say; an embedding's factors start as with True."""
     if "lora_A" in slot.columns:
         nn.init.normal_(slot["lora_A"].weight, std=1 / slot["r"])
 

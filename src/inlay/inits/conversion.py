@@ -2,7 +2,8 @@
 
     W_res = W - s B0 A0      W_res + s B A  =  W + s [B, -B0] [A; A0]        A, A0[r, in], B, B0[out, r]
 
-So the plain adapter has twice the rank and the same scale s. DoRA's direction is the same matrix, so its lengths stay.
+So the plain adapter has twice the rank and the same scale s. DoRA's direction is the same matrix, so its
+lengths stay.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ def to_plain_lora(
         initial_tensors: the adapter as it was before training, by the same keys.
 
     Raises:
-        ValueError: it is not LoRA, its start cannot be subtracted, or the initial tensors are of another adapter.
+        ValueError: it is not LoRA, its start cannot be subtracted, or the initial tensors do not fit.
     """
     how = getattr(config, "init_lora_weights", None)
     if how is None:
-        raise ValueError(f"path_initial_model_for_weight_conversion is for LoRA and DoRA, not for {config.method_name()}; leave it out")
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for LoRA and DoRA, "
+            f"and this adapter is {config.method_name()}; leave it out"
+        )
     if how in (False, "loftq"):
         why = "the base weights are quantised" if how else "its random start is part of what it computes"
-        raise ValueError(f"an adapter with init_lora_weights={how!r} cannot be converted, as {why}; save it as it is")
+        raise ValueError(
+            f"an adapter with init_lora_weights={how!r} cannot be converted, as {why}; save it as it is"
+        )
     plain = {key: _joined(key, value, initial_tensors) for key, value in tensors.items()}
     return plain, _of_twice_the_rank(cast("LoraConfig", config))
 
@@ -52,8 +58,8 @@ def _joined(key: str, trained: Tensor, initial: dict[str, Tensor]) -> Tensor:
     if key not in initial or initial[key].shape != trained.shape:
         found = f"has shape {tuple(initial[key].shape)} there" if key in initial else "is not there"
         raise ValueError(
-            f"path_initial_model_for_weight_conversion does not hold this adapter before its training: {key}, of shape "
-            f"{tuple(trained.shape)}, {found}"
+            "path_initial_model_for_weight_conversion does not hold this adapter before its training: "
+            f"{key}, of shape {tuple(trained.shape)}, {found}"
         )
     start = initial[key].to(trained)
     if key.endswith(UP_BIAS):
@@ -62,7 +68,9 @@ def _joined(key: str, trained: Tensor, initial: dict[str, Tensor]) -> Tensor:
 
 
 def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
-    growth: Any = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that alpha / r, or alpha / sqrt(r), stays
+    growth: Any = (
+        math.sqrt(2) if config.use_rslora else 2
+    )  # of alpha, so that alpha / r, or alpha / sqrt(r), stays
     return replace(
         config,
         init_lora_weights=True,

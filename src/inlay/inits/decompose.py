@@ -1,4 +1,4 @@
-"""What initialisations that look at the base weight share: reading it, taking its leading part apart, writing both back."""
+"""What initialisations that look at the base weight share: reading, taking apart, writing back."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def check_one_matrix(kind: LayerKind, config: Any, r: int, layer: str) -> None:
         return
     what = "a matrix for each expert" if isinstance(kind, Experts) else "a matrix for each of its groups"
     raise ValueError(
-        f"init_lora_weights={config.init_lora_weights!r} needs a layer with one matrix, and {layer} ({type(kind).__name__}) holds {what}; "
-        "use init_lora_weights=True or 'gaussian', or leave the layer out with exclude_modules"
+        f"init_lora_weights={config.init_lora_weights!r} needs a layer with one matrix, and {layer} "
+        f"({type(kind).__name__}) holds {what}; use init_lora_weights=True or 'gaussian', or leave the layer "
+        "out with exclude_modules"
     )
 
 
@@ -42,12 +43,15 @@ def check_decomposable(kind: LayerKind, config: Any, r: int, layer: str) -> None
     most = min(kind.out_features, kind.in_features)
     if r > most:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} cannot take r={r} components of {layer}, whose matrix is "
-            f"{kind.out_features} x {kind.in_features} and has {most}; lower r, set a smaller rank for this layer with rank_pattern, "
-            "or leave it out with exclude_modules"
+            f"init_lora_weights={config.init_lora_weights!r} cannot take r={r} components of {layer}, whose "
+            f"matrix is {kind.out_features} x {kind.in_features} and has {most}; lower r, set a smaller rank "
+            "for this layer with rank_pattern, or leave it out with exclude_modules"
         )
     if min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
-        raise ValueError(f"init_lora_weights={config.init_lora_weights!r} divides by the scale of the update; choose lora_alpha > 0")
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} divides by the scale of the update; "
+            "choose lora_alpha > 0"
+        )
 
 
 def exact_weight(slot: Slot) -> Tensor:
@@ -65,22 +69,26 @@ def leading_part(w: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :r], s[:r], vh[:r]
 
 
-def leading_part_fast(w: Tensor, r: int, rounds: int, oversampling: int = OVERSAMPLING) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what ``leading_part`` does, approximately, without a full decomposition. Halko et al. 2011, arXiv 0909.4061.
+def leading_part_fast(
+    w: Tensor, r: int, rounds: int, oversampling: int = OVERSAMPLING
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``leading_part`` does, approximately, without a full decomposition (arXiv 0909.4061).
 
-    The random probe is drawn on the CPU from a seed of its own: the same matrix gives the same factors in every process and
-    on every device, so a base weight that they were taken from can be taken apart again when an adapter is loaded.
+    The random probe is drawn on the CPU from a seed of its own: the same matrix is taken apart in the same
+    way in every process, as it must be again when a trained adapter is loaded.
 
     Args:
         w: the matrix [out, in].
         r: how many components.
-        rounds: subspace iterations; each makes the error smaller by the ratio of wanted to unwanted singular values, squared.
+        rounds: subspace iterations; each divides the error by the ratio of kept to other values, squared.
         oversampling: how many more directions to follow than are kept.
     """
     width = r + oversampling
     if width >= min(w.shape):
         return leading_part(w, r)
-    probe = torch.randn(w.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device)
+    probe = torch.randn(w.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(
+        w.device
+    )
     basis = torch.linalg.qr(w @ probe)[0]
     for _ in range(rounds):
         basis = torch.linalg.qr(w @ torch.linalg.qr(w.mT @ basis)[0])[0]
@@ -95,13 +103,15 @@ def set_factors(slot: Slot, up: Tensor, down: Tensor) -> None:
 
 
 def leave_the_rest(slot: Slot, w: Tensor) -> None:
-    """Make the base weight ``W - s B A``, so that the adapted layer starts as W. The factors count as they were rounded.
+    """Make the base weight ``W - s B A``, with the factors as rounded, so that the adapted layer starts as W.
 
     Raises:
         ValueError: the layer's weight is not this adapter's alone.
     """
     up, down = slot.kind.flat(*_parameters(slot))
-    slot.layer.set_base_matrix(torch.addmm(w, up.to(w.dtype), down.to(w.dtype), alpha=-slot["scaling"]), slot.name)
+    slot.layer.set_base_matrix(
+        torch.addmm(w, up.to(w.dtype), down.to(w.dtype), alpha=-slot["scaling"]), slot.name
+    )
 
 
 def _parameters(slot: Slot) -> tuple[nn.Parameter, nn.Parameter]:

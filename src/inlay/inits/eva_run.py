@@ -1,4 +1,4 @@
-"""One run of EVA over a user's data: which layers see the same rows, their components, and who gets which rank."""
+"""One run of EVA over a user's data: what layers see, its components, who gets which rank."""
 
 from __future__ import annotations
 
@@ -35,17 +35,31 @@ class EvaRun:
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], ranks: Mapping[str, int], config: Any, forward: Callable[[Any], Any],
-        prepare_model: Any, prepare_layer: Any, gather: bool,
-    ) -> None:  # fmt: skip
-        self.layers, self.ranks, self.config, self.eva = layers, ranks, config, config.eva_config or EvaConfig()
-        self.forward, self.prepare_model = forward, prepare_model
-        self.prepare = prepare_layer if isinstance(prepare_layer, Mapping) else dict.fromkeys(layers, prepare_layer)
+        self,
+        layers: Mapping[str, nn.Module],
+        ranks: Mapping[str, int],
+        config: Any,
+        forward: Callable[[Any], Any],
+        prepare_model: Any,
+        prepare_layer: Any,
+        gather: bool,
+    ) -> None:
+        self.layers, self.ranks, self.forward = layers, ranks, forward
+        self.config, self.eva = config, config.eva_config or EvaConfig()
+        same = not isinstance(prepare_layer, Mapping)
+        self.prepare_model, self.prepare = (
+            prepare_model,
+            dict.fromkeys(layers, prepare_layer) if same else prepare_layer,
+        )
         self.gather = gather and dist.is_available() and dist.is_initialized()
-        devices = {p.device for module in layers.values() for p in module.parameters() if p.device.type != "meta"}
+        devices = {p.device for module in layers.values() for p in module.parameters()} - {
+            torch.device("meta")
+        }
         self.device = devices.pop() if len(devices) == 1 else None
         if unknown := sorted(self.prepare.keys() - layers.keys()):
-            raise ValueError(f"prepare_layer_inputs_fn names {unknown}, which are not linear layers that the adapter sits on")
+            raise ValueError(
+                f"prepare_layer_inputs_fn names {unknown}, which are no linear layers under the adapter"
+            )
 
     def components(self, dataloader: Iterable[Any], show_progress: bool) -> dict[str, Tensor]:
         """Return ``{path: directions[rank, in]}`` once they no longer turn.
@@ -58,27 +72,33 @@ class EvaRun:
         quiet = not show_progress or (self.gather and dist.get_rank() > 0)
         with tqdm(total=len(pca), desc="EVA: layers that have converged", disable=quiet, leave=False) as bar:
             for passes, batch in _again_and_again(dataloader):
-                turning = {id(p): path for path, p in pca.items() if not _has_converged(p, ranks[path], self.eva.tau)}
-                bar.update(sum(id(p) not in turning for p in pca.values()) - bar.n)
+                turning = {
+                    path: p for path, p in pca.items() if not _has_converged(p, ranks[path], self.eva.tau)
+                }
+                bar.update(len(pca) - len(turning) - bar.n)
                 if not turning or self._has_to_stop(pca, passes):
                     break
-                self._look(batch, turning.values(), lambda path, rows: pca[path].add(rows))
+                one_of_each = {id(p): path for path, p in turning.items()}.values()
+                self._look(batch, one_of_each, lambda path, rows: pca[path].add(rows))
                 if all(len(p.components) for p in pca.values()):
                     ranks = _share_out(pca, sum(self.ranks.values()))
         return {path: _directions(p, ranks[path], self.eva.whiten) for path, p in pca.items()}
 
     def _by_layer(self, batch: Any) -> dict[str, IncrementalPCA]:
-        """Return new components for each layer, the same object for layers that see the same rows (query, key and value do)."""
+        """Return new components for each layer; those that see the same share them, as query and key do."""
         seen: dict[str, bytes] = {}
         most: Counter[bytes] = Counter()
 
         def take(path: str, rows: Tensor) -> None:
-            seen[path] = digest = hashlib.blake2b(rows.cpu().contiguous().view(torch.uint8).numpy().data).digest()
+            data = rows.cpu().contiguous().view(torch.uint8).numpy().data
+            seen[path] = digest = hashlib.blake2b(data).digest()
             most[digest] = max(most[digest], min(round(self.ranks[path] * self.eva.rho), rows.shape[1]))
 
         self._look(batch, self.layers, take)
         if missing := sorted(self.layers.keys() - seen.keys()):
-            raise ValueError(f"the model does not call {missing}, so EVA cannot start them; leave them out with exclude_modules")
+            raise ValueError(
+                f"the model does not call {missing}, so EVA cannot start them; see exclude_modules"
+            )
         made = {digest: IncrementalPCA(k) for digest, k in most.items()}
         return {path: made[seen[path]] for path in self.layers}
 
@@ -119,8 +139,8 @@ class EvaRun:
             raise ValueError(f"no row of the data reaches {empty}; are all positions masked?")
         if passes == MAX_PASSES:
             warnings.warn(
-                f"EVA stopped after {passes} passes over the data, before all components came to rest; lower eva_config.tau="
-                f"{self.eva.tau}, or give it more data",
+                f"EVA stopped after {passes} passes over the data, before all components came to rest; "
+                f"lower eva_config.tau={self.eva.tau}, or give it more data",
                 PeftWarning,
                 stacklevel=5,
             )
@@ -139,7 +159,8 @@ def _again_and_again(dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         for batch in dataloader:
             yield passes, batch
         if batch is None:
-            raise ValueError("dataloader can be gone through only once; pass a list or a DataLoader" if passes else "dataloader is empty")
+            once = "dataloader can be gone through only once; pass a list or a DataLoader"
+            raise ValueError(once if passes else "dataloader is empty")
         passes += 1
 
 
@@ -148,10 +169,10 @@ def _has_converged(pca: IncrementalPCA, rank: int, tau: float) -> bool:
 
 
 def _share_out(pca: Mapping[str, IncrementalPCA], budget: int) -> dict[str, int]:
-    """Return ranks: of all layers' components, the ``budget`` that explain most of their own layer's variance."""
+    """Return ranks: of all layers' components, the ``budget`` that explain most of their layer's variance."""
     owners = [path for path, p in pca.items() for _ in p.components]
-    best = torch.cat([p.explained().cpu() for p in pca.values()]).argsort(descending=True, stable=True)[:budget]
-    counts = Counter(owners[i] for i in best.tolist())
+    ratios = torch.cat([p.explained().cpu() for p in pca.values()])
+    counts = Counter(owners[i] for i in ratios.argsort(descending=True, stable=True)[:budget].tolist())
     return {path: counts[path] for path in pca}
 
 

@@ -1,7 +1,9 @@
-"""Leading components of rows that come batch by batch. Ross et al. 2008, https://doi.org/10.1007/s11263-007-0075-7
+"""Leading components of rows that come batch by batch.
 
-    state                S[k], V[k, in]: the k largest singular values of all rows so far, less their mean, and their directions
-    new rows X[n, in]    [S V; X - mean(X); sqrt(m n / (m + n)) (mean so far - mean(X))]  has the singular values of all m + n
+Ross et al. 2008, https://doi.org/10.1007/s11263-007-0075-7
+
+state       S[k], V[k, in]: the k largest singular values of m rows less their mean, and their directions
+new rows    X[n, in]: [S V; X - mean(X); sqrt(m n / (m + n)) (mean so far - mean(X))] has those of all m + n
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""LoftQ: a quantised base and factors that make up for what it lost. Li et al. 2023, https://arxiv.org/abs/2310.08659
+"""LoftQ: a quantised base and factors that make up for what it lost.
 
-    Q_t = quantise(W - s B_{t-1} A_{t-1})      s B_t A_t = the r leading singular components of W - Q_t      t = 1 .. loftq_iter
+Li et al. 2023, https://arxiv.org/abs/2310.08659
 
-The base weight becomes Q, as the floating-point numbers that the quantised weight stands for; quantising the model to the
-same format later changes it no more. The layer starts near W, not at it: closer than Q alone.
+    Q_t = quantise(W - s B_{t-1} A_{t-1})                                        t = 1 .. loftq_iter
+    s B_t A_t = the r leading singular components of W - Q_t
+
+The base weight becomes Q, as the floating-point numbers that the quantised weight stands for; quantising the
+model to the same format later changes it no more. The layer starts near W, not at it: closer than Q alone.
 
     bits   levels                                                              one scale for
     4, 2   quantiles of a normal distribution (NF4 of QLoRA, arXiv 2305.14314)  64 numbers in a row
@@ -14,7 +17,7 @@ Authors' code: https://github.com/yxli2123/LoftQ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,18 +29,20 @@ if TYPE_CHECKING:
     from ..method import Slot
 
 BLOCK = 64
-TAIL = 0.9677083  # the outermost quantile of NF4: half way between those of its 15 and 16 levels, as QLoRA chose it
+TAIL = 0.9677083  # NF4's outermost quantile: half way between those of 15 and of 16 levels, as in QLoRA
 
 
 @initialisation("loftq", check_decomposable, changes_base=True)
 def loftq(slot: Slot) -> None:
     """Quantise the base weight and put the leading part of the loss into the factors."""
-    config, w, r = LoftQConfig(**slot.config.loftq_config), exact_weight(slot), slot["r"]  # type: ignore[attr-defined]
+    given: Any = slot.config
+    config = LoftQConfig(**given.loftq_config)
+    w, r = exact_weight(slot), slot["r"]
     if not slot.layer.store.plain:
         layer = type(slot.layer.get_base_layer()).__name__
         raise ValueError(
-            f"init_lora_weights='loftq' quantises the base weights itself, and those of {layer} are quantised already; load the model "
-            "without a quantization_config, or use replace_lora_weights_loftq"
+            f"init_lora_weights='loftq' quantises base weights itself, and those of {layer} already are; load "
+            "the model without a quantization_config, or use replace_lora_weights_loftq"
         )
     rest = w
     for _ in range(config.loftq_iter):
@@ -66,6 +71,9 @@ def quantised(w: Tensor, bits: int) -> Tensor:
 def normal_levels(bits: int) -> Tensor:
     """Return 2^bits levels from -1 to 1, zero among them and one more above it than below (float64)."""
     half = 2 ** (bits - 1)
-    above, below = (torch.special.ndtri(torch.linspace(TAIL, 0.5, n + 1, dtype=torch.float64)[:-1]) for n in (half, half - 1))
+    above, below = (
+        torch.special.ndtri(torch.linspace(TAIL, 0.5, n + 1, dtype=torch.float64)[:-1])
+        for n in (half, half - 1)
+    )
     levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
     return levels / levels.max()

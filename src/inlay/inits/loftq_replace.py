@@ -1,4 +1,4 @@
-"""LoftQ's start for a base that is quantised already: the factors make up for what the model's file has and the base lost."""
+"""LoftQ's start for a base that is quantised already: factors that make up for what it lost."""
 
 from __future__ import annotations
 
@@ -37,22 +37,31 @@ def replace_lora_weights_loftq(
         peft_model: a model whose base weights are quantised, or differ from the file in another way.
         model_path: the model's safetensors file or folder; by default where the base model was loaded from.
         adapter_name: which adapter.
-        callback: called with the model and a layer's path after each layer; where it returns False, the layer's factors are put
-            back. For example: whether the outputs came closer to those of the full-precision model.
+        callback: called with the model and a layer's path after each layer; where it returns False, the
+            layer's factors are put back. It may see whether the outputs came closer to the original model's.
 
     Raises:
-        ValueError: there is no such file or tensor, a layer's rank is too large, or no base weight differs from the file.
+        ValueError: there is no such file or tensor, a rank is too large, or no base weight differs from it.
     """
     origin = model_path or getattr(peft_model.get_base_model(), "name_or_path", None)
     if not origin:
-        raise ValueError("it is unknown where the base model was loaded from; pass model_path, its safetensors file or folder")
+        raise ValueError(
+            "it is unknown where the base model was loaded from; pass model_path, its file or folder"
+        )
     read = _reader(origin, getattr(peft_model.get_base_model(), "base_model_prefix", ""))
-    slots = [(path, w.slots[adapter_name]) for path, w in adapted_layers(peft_model.get_base_model()) if adapter_name in w.slots]
+    slots = [
+        (path, w.slots[adapter_name])
+        for path, w in adapted_layers(peft_model.get_base_model())
+        if adapter_name in w.slots
+    ]
     for path, slot in slots:
         check_decomposable(slot.kind, slot.config, slot["r"], path)
     replaced = False
     for path, slot in slots:
-        lost = slot.kind.matrix(read(f"{path}.{slot.kind.param}").to(slot.weight().device, torch.float32)) - slot.weight().float()
+        lost = (
+            slot.kind.matrix(read(f"{path}.{slot.kind.param}").to(slot.weight().device, torch.float32))
+            - slot.weight().float()
+        )
         if not lost.any():
             continue
         replaced, before = True, {name: p.detach().clone() for name, p in slot.parameters().items()}
@@ -61,7 +70,9 @@ def replace_lora_weights_loftq(
             for name, p in slot.parameters().items():
                 p.copy_(before[name])
     if not replaced:
-        raise ValueError(f"no base weight under adapter {adapter_name!r} differs from {origin}: there is nothing to make up for")
+        raise ValueError(
+            f"no base weight under adapter {adapter_name!r} differs from {origin}; nothing was lost"
+        )
 
 
 def _make_up_for(slot: Slot, lost: Tensor) -> None:
@@ -75,13 +86,15 @@ def _make_up_for(slot: Slot, lost: Tensor) -> None:
 
 
 def _reader(origin: str | os.PathLike[str], prefix: str) -> Callable[[str], Tensor]:
-    """Return a function that reads one tensor by the name it has in the model, or by that name without the model's prefix."""
+    """Return a function that reads a tensor by its name in the model, or by that name without the prefix."""
     files = dict(_files(origin))
 
     def read(name: str) -> Tensor:
         key = name if name in files else name.removeprefix(f"{prefix}.")
         if key not in files:
-            raise ValueError(f"{origin} holds no tensor {name}; pass model_path of the model that was quantised")
+            raise ValueError(
+                f"{origin} holds no tensor {name}; pass model_path of the model that was quantised"
+            )
         with safe_open(files[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor

@@ -1,4 +1,6 @@
-"""OLoRA: start from an orthonormal basis. Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
+"""OLoRA: start from an orthonormal basis of the weight's columns.
+
+Büyükakyüz 2024, https://arxiv.org/abs/2406.01775
 
     W = Q R      B = Q[:, :r]      A = R[:r]      W_res = W - s B A
     W[out, in], Q[out, k], R[k, in], k = min(out, in); s is LoRA's scale

@@ -1,4 +1,6 @@
-"""Orthogonal start: both factors random, their product zero. https://datta0.github.io/posts/rethink-lora-init/
+"""Orthogonal start: both factors random, their product zero.
+
+https://datta0.github.io/posts/rethink-lora-init/
 
     Q[r, r] orthonormal, its even rows E[r/2, r] and odd rows O[r/2, r], so that E O' = 0
     A = 0.1 O' X      B = 0.1 Y E      X[r/2, in], Y[out, r/2] normal      B A = 0.01 Y E O' X = 0
@@ -26,14 +28,17 @@ def check_even(kind: LayerKind, config: Any, r: int, layer: str) -> None:
     """Refuse odd ranks, and what ``check_one_matrix`` refuses."""
     check_one_matrix(kind, config, r, layer)
     if r % 2:
-        raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, and r is {r} on {layer}; choose {r + 1}")
+        raise ValueError(
+            f"init_lora_weights='orthogonal' needs an even rank, and r is {r} on {layer}; choose {r + 1}"
+        )
 
 
 @initialisation("orthogonal", check_even)
 def orthogonal(slot: Slot) -> None:
     """Fill the factors with random matrices whose product is zero up to rounding."""
     r, half = slot["r"], slot["r"] // 2
-    q = torch.linalg.qr(torch.randn(r, r))[0]
-    down = q[1::2].mT @ torch.randn(half, slot.kind.in_features)
-    up = torch.randn(slot.kind.out_features, half) @ q[0::2]
+    dtype = torch.promote_types(slot.kind.dtype, torch.float32)
+    q = torch.linalg.qr(torch.randn(r, r, dtype=dtype))[0]
+    down = q[1::2].mT @ torch.randn(half, slot.kind.in_features, dtype=dtype)
+    up = torch.randn(slot.kind.out_features, half, dtype=dtype) @ q[0::2]
     set_factors(slot, DEVIATION * up, DEVIATION * down)

@@ -5,11 +5,12 @@
 
     Liu et al. 2024, https://arxiv.org/abs/2402.09353
 
-Backward is LoRA's with g * dY in place of dY. The gradient of the magnitude, sum_n dY (y - bias) / magnitude, is taken
-from the output, which most consumers keep anyway, and not from a second tensor of that size.
+Backward is LoRA's with g * dY in place of dY. The gradient of the magnitude, sum_n dY (y - bias) / magnitude,
+is taken from the output, which most consumers keep anyway, and not from a second tensor of that size.
 
-Dropout acts on the low-rank term alone. HF PEFT also drops the input of the (g - 1) x W' part and pays a second wide
-product for it; both have the expectation of the formula above, and this one has the smaller variance.
+Dropout acts on the low-rank term alone. HF PEFT also drops the input of the (g - 1) x W' part and pays a
+second wide product for it; both have the expectation of the formula above, and this one has the smaller
+variance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from torch import Tensor
 from .dora_norm import dora_norm
 from .dropout import keep_mask, plain_dropped
 from .lora_linear import autocast_inputs
-from .low_rank import add_delta, differentiable_grads, linear_grads, linear_output, project, row_blocks, rows_of, scratch_for
+from .low_rank import (
+    add_delta,
+    differentiable_grads,
+    linear_grads,
+    linear_output,
+    project,
+    row_blocks,
+    rows_of,
+    scratch_for,
+)
 
 # Below this |g| the output holds too little of what it scaled to divide it out again.
 _SMALLEST_INVERTIBLE_GAIN = 2.0**-6
@@ -41,8 +51,8 @@ def dora_linear(
 ) -> Tensor:
     """y[..., out] = magnitude / norm * (x W' + scale * drop(x) A' B') + bias, in the dtype of `weight`.
 
-    `weight_norm`[out] is `dora_norm(weight, a, b, scale)` and is computed if not given; rows of norm 0 are not scaled.
-    Dtypes, autocast, transposed weights and dropout as in `lora_linear`.
+    `weight_norm`[out] is `dora_norm(weight, a, b, scale)`, computed if not given; rows of norm 0 are not
+    scaled. Dtypes, autocast, transposed weights and dropout as in `lora_linear`.
 
     Raises:
         ValueError: if `dropout_p` is not in [0, 1).
@@ -56,9 +66,7 @@ def dora_linear(
         return plain_dora_linear(x, weight, bias, a, b, magnitude, weight_norm, keep, gain)
     with torch.autocast(x.device.type, enabled=False):
         hold_output = torch.is_grad_enabled() and magnitude.requires_grad
-        y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, a, b, magnitude, weight_norm, keep, gain, hold_output
-        )
+        y: Tensor = _DoraLinear.apply(x, weight, bias, a, b, magnitude, weight_norm, keep, gain, hold_output)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -80,25 +88,27 @@ def plain_dora_linear(
 
 
 def excess_gain(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
-    """g - 1, which a narrow dtype holds far better than g: g stays near 1 in training."""
+    """G - 1, which a narrow dtype holds far better than g: g stays near 1 in training."""
     return torch.where(weight_norm > 0, magnitude / weight_norm - 1.0, torch.zeros_like(weight_norm))
 
 
 class _Kept(torch.autograd.Function):
     """Holds a tensor as autograd holds saved tensors (hooks, checkpointing), in a node of its own.
 
-    An in-place operation on the layer's output, which `nn.Linear` allows, then costs a recomputation and not an error.
+    An in-place operation on the layer's output, which `nn.Linear` allows, then costs a recomputation, not
+    an error.
     """
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, held: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, held: Tensor) -> Tensor:
         ctx.save_for_backward(held)
         return token.clone()
 
     @staticmethod
     def hold(tensor: Tensor) -> Tensor:
         with torch.enable_grad():
-            handle: Tensor = _Kept.apply(torch.empty(0, requires_grad=True), tensor.detach())  # type: ignore[no-untyped-call]
+            token = torch.empty(0, requires_grad=True)
+            handle: Tensor = _Kept.apply(token, tensor.detach())  # type: ignore[no-untyped-call]
         return handle
 
     @staticmethod
@@ -112,7 +122,7 @@ class _Kept(torch.autograd.Function):
 
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -141,7 +151,7 @@ class _DoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, a, b, magnitude, weight_norm, keep, s = ctx.saved_tensors
         needed = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
@@ -154,7 +164,7 @@ class _DoraLinear(torch.autograd.Function):
         dmagnitude = None
         if needed[5]:
             dots = None if ctx.output is None else _dots_with_output(dy, _Kept.recall(ctx.output), bias)
-            # Dropped at once, as autograd drops what it saved; a second backward through this graph recomputes.
+            # Dropped at once, as autograd drops what it saved; a second backward of this graph recomputes.
             ctx.output = None
             operands = (x, weight, b, magnitude, weight_norm, s, ctx.gain)
             dmagnitude = _grad_of_magnitude(dots, dy, *operands)
@@ -173,7 +183,7 @@ class _DoraLinear(torch.autograd.Function):
 
 
 def _scaled(tensor: Tensor, excess: Tensor) -> Tensor:
-    """g * tensor."""
+    """G * tensor."""
     return torch.addcmul(tensor, tensor, excess.to(tensor.dtype))
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS_ON_CPU = 1 << 17
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
-# Rows of which less than this share of the squares survives are summed again directly: in the expansion below, what
-# rounding leaves of the larger terms would be a visible part of them.
+# Rows of which less than this share of the squares survives are summed again directly: in the expansion
+# below, what rounding leaves of the larger terms would be a visible part of them.
 _CANCELLED_SHARE = 0.1
 
 
@@ -18,13 +18,14 @@ def dora_norm(
 ) -> Tensor:
     """Norms[out] of the rows of W + scale B A, in fp32 (float64 stays), detached.
 
-    W[out, in] may be a transposed view or of a narrower dtype. `row_norm_sq` is `row_norm_squares(weight)`, which a
-    caller whose W is frozen computes once. On a CPU the square is expanded,
+    W[out, in] may be a transposed view or of a narrower dtype. `row_norm_sq` is `row_norm_squares(weight)`,
+    which a caller whose W is frozen computes once. On a CPU the square is expanded,
 
         ||w||^2 + 2 scale <w, BA> + scale^2 ||BA||^2,
 
-    at a cost that grows with r and not with the batch; rows in which these terms cancel are summed directly, as all rows
-    are on other devices, where one more pass over W costs less than the thin products.
+    at a cost that grows with r and not with the batch; rows in which these terms cancel are summed
+    directly, as all rows are on other devices, where one more pass over W costs less than the thin
+    products.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     a, b = a.to(dtype), b.to(dtype)

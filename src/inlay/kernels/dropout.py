@@ -1,10 +1,10 @@
-"""Dropout masks that cost a tenth of what `torch.nn.functional.dropout` pays on a CPU, and one byte per element.
+"""Dropout masks of one byte per element, at a tenth of what `torch.nn.functional.dropout` costs on a CPU.
 
-A mask is int8: -1, all bits set, where an element is kept, and 0 where it is dropped. Widened to an element's size it is
-a bit mask, and clearing bits is cheaper than multiplying by a mask of floats.
+A mask is int8: -1, all bits set, where an element is kept, and 0 where it is dropped. Widened to an
+element's size it is a bit mask, and clearing bits is cheaper than multiplying by a mask of floats.
 
-Masks come from the default generator of their device alone, so `torch.manual_seed` and gradient checkpointing reproduce
-them.
+Masks come from the default generator of their device alone, so `torch.manual_seed` and gradient checkpointing
+reproduce them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
 def _row_thresholds(rows: int, p: float) -> Tensor:
     """Int8 thresholds[rows, 1] that a uniform int8 is below with probability `p`.
 
-    A byte resolves p to 1/256 only, so each row rounds 256 p up or down at random. Every element is then dropped with
-    probability p to within 2**-24; two elements of a row correlate by less than 4e-6 / (p (1 - p)).
+    A byte resolves p to 1/256 only, so each row rounds 256 p up or down at random. Every element is then
+    dropped
+    with probability p to within 2**-24; two elements of a row correlate by less than 4e-6 / (p (1 - p)).
     """
     level = torch.rand(rows, 1).add_(p * _LEVELS).floor_()
     return level.sub_(_LEVELS // 2).to(torch.int8)
 
 
 def clear_dropped_(x: Tensor, keep: Tensor, scratch: Tensor) -> Tensor:
-    """Zero the dropped elements of x[n, k] in place; `scratch` is overwritten, with at least the rows of x."""
+    """Zero the dropped elements of x[n, k] in place; `scratch`, of at least as many rows, is overwritten."""
     bits = _BITS[x.element_size()]
     mask = scratch.view(bits)[: x.shape[0]].copy_(keep)
     x.view(bits).bitwise_and_(mask)

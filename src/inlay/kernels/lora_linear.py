@@ -1,14 +1,16 @@
 """LoRA on a linear layer as one autograd function: y = x W' + bias + scale * drop(x) A' B'.
 
-    W[out, in]  A[r, in]  B[out, r]  x[..., in]  y[..., out]        Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    W[out, in]  A[r, in]  B[out, r]  x[..., in]  y[..., out]        Hu et al. 2021,
+    https://arxiv.org/abs/2106.09685
 
 The function and its gradients, with gain = scale / (1 - p), K(.) zeroing what dropout drops, and S = K(x) A':
 
     y  = x W' + bias + gain S B'            dS = dY B
     dX = dY W + gain K(dS A)                dA = gain dS' K(x)               dB = gain dY' S
 
-The thin products are bound by memory traffic and not by arithmetic; `low_rank.py` has the care taken with them. Of wide
-tensors only the input that the layer was given is kept for backward: layers that share an input share it.
+The thin products are bound by memory traffic and not by arithmetic; `low_rank.py` has the care taken with
+them. Of wide tensors only the input that the layer was given is kept for backward: layers that share an
+input share it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ def lora_linear(
 ) -> Tensor:
     """y[..., out] = x W' + bias + scale * (drop(x) A' B' + lora_bias), in the dtype of `weight`.
 
-    `x` must have the dtype of `weight`; under autocast both are cast here, as `nn.Linear` casts them. `a` and `b` may be
-    wider masters: they are cast to that dtype and their gradients come back in their own. `weight` may be a transposed
-    view. A positive `dropout_p` always drops, so pass it in training only. Any tensor may require a gradient.
+    `x` must have the dtype of `weight`; under autocast both are cast here, as `nn.Linear` casts them. `a`
+    and `b` may be wider masters: they are cast to that dtype and their gradients come back in their own.
+    `weight` may be a transposed view. A positive `dropout_p` always drops, so pass it in training only. Any
+    tensor may require a gradient.
 
     Raises:
         ValueError: if `dropout_p` is not in [0, 1).
@@ -76,7 +79,7 @@ def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -97,7 +100,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, a, b, keep, s = ctx.saved_tensors
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():

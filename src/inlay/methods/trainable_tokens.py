@@ -46,6 +46,11 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
     """W'[token] = delta[i]; see the top of this file."""
 
     config = TrainableTokensConfig
+    follows_tying = True
+
+    def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        return {path for path, module in model.named_modules() if module is embedding}
 
     def build(self, kind: LayerKind, config: TrainableTokensConfig, path: str) -> dict[str, Column]:
         if not isinstance(kind, (Embedding, Linear)):
