@@ -13,6 +13,7 @@ from .config import PeftConfig
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
 from .injection import inject, remove, resolve
+from .kinds import Conv1D
 from .layer import AdaptedLayer
 from .method import Slot
 from .replication import replicate_layers
@@ -94,7 +95,7 @@ class AdaptedModel(nn.Module):
             p.requires_grad_(False)
         try:
             self._wrapped = None
-            inject(
+            slots = inject(
                 self.model,
                 config,
                 name,
@@ -106,6 +107,8 @@ class AdaptedModel(nn.Module):
             for p in trainable:
                 p.requires_grad_(True)
             raise
+        if hasattr(config, "fan_in_fan_out"):  # other readers of the file take the layout from it
+            config.fan_in_fan_out = any(isinstance(slot.kind, Conv1D) for slot in slots)
         self.peft_config[name] = config
         if len(self.peft_config) == 1:
             self.set_adapter(name, inference_mode=config.inference_mode)

@@ -183,6 +183,17 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return keys
 
 
+def _twin_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the keys under which PEFT repeats the factors of an adapter on a tied layer."""
+    prefix, bare = _bare_model(model)
+    return [
+        f"{prefix}{path}.{key}"
+        for path, w in wrappers(bare)
+        if isinstance(w, AdaptedLayer) and adapter_name in w.slots and w.slots[adapter_name].owner is not None
+        for key in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+    ]
+
+
 def _respell(name: str, on_disk: Mapping[str, str]) -> str:
     return next((disk for memory, disk in on_disk.items() if name == memory), name)
 
@@ -308,9 +319,8 @@ class SavedAdapter:
         """
         expected = set(disk_keys(model, name).values())
         missing = sorted(expected - self.tensors.keys())
-        unexpected = sorted(
-            key for key in self.tensors.keys() - expected if not key.endswith(WHOLE_EMBEDDING)
-        )
+        tolerated = (*WHOLE_EMBEDDING, *_twin_keys(model, name))
+        unexpected = sorted(key for key in self.tensors.keys() - expected if not key.endswith(tolerated))
         if missing or unexpected:
             raise AdapterFileError(
                 f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has "

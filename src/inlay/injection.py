@@ -95,7 +95,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
     method = method_by_name(config.method_name())()
-    check_tying(config, [] if method.follows_tying else [p for p, _ in layers], saved, known)
+    check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, known)
     return Plan(method, _with_out_projections(known, layers), saved, tokens)
 
 
@@ -168,7 +168,7 @@ def inject(
     try:
         for place, param in chosen.layers:
             slots.append(_wrap(place, param, switch).add(name, chosen.method, config, place.path))
-            if chosen.method.follows_tying:
+            if chosen.method.follows_tying(config):
                 slots += _tied_slots(model, place, slots[-1], lambda tied: _wrap(tied, "weight", switch))
         for place, rows in chosen.tokens:
             slots += _add_token_rows(model, place, rows, name, switch)
@@ -186,8 +186,7 @@ def inject(
 
 def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
     if slot.owner is not None:
-        for column in slot.parameters():
-            slot.layer.column(column)[slot.name] = slot.owner[column]
+        slot.method.become_twin(slot, slot.owner)
         return
     if initialise and slot.kind.device.type != "meta":
         slot.method.init(slot)
@@ -246,6 +245,7 @@ def _tied_slots(
     for tied in tied_places(place, places(model).values()):
         twin = wrap(tied).add(slot.name, slot.method, slot.config, tied.path)
         twin.owner = slot
+        slot.method.become_twin(twin, slot)
         yield twin
 
 

@@ -214,6 +214,9 @@ class AdaptedLayer(SlottedLayer):
         slots = [self.slots[n] for n in names if n in self.slots and n not in self.merged_adapters]
         if not slots:
             return
+        for slot in slots:
+            if slot.owner is not None:  # first, so that the tied weight can be shared again
+                slot.owner.layer.merge(safe_merge, names)
         tensors = self.adapted_tensors(slots)
         if safe_merge and not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(

@@ -88,8 +88,6 @@ class Method:
     config: ClassVar[type[PeftConfig]]
     additive: ClassVar[bool] = False
     """Whether ``after`` adds to y something that depends on x alone, so that several such adapters commute."""
-    follows_tying: ClassVar[bool] = False
-    """Whether a layer that is tied to an adapted one gets the same adapter, with the same parameters."""
     on_disk: ClassVar[dict[str, str]] = {}
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
 
@@ -128,6 +126,14 @@ class Method:
 
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight ``W'[..., out, in]`` and bias ``b'[out]``, without changing the given ones."""
+        raise NotImplementedError
+
+    def follows_tying(self, config: Any) -> bool:
+        """Whether a layer whose weight is tied to an adapted one gets a twin slot, without parameters of its own."""
+        return False
+
+    def become_twin(self, slot: Slot, owner: Slot) -> None:
+        """Make a slot on a tied layer use the parameters of ``owner`` instead of those that ``build`` made."""
         raise NotImplementedError
 
     def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:

@@ -103,10 +103,15 @@ class SlottedLayer(nn.Module):
     def remove(self, name: str) -> None:
         """Drop an adapter and every column that held nothing else."""
         slot = self.slots.pop(name)
-        for column in slot.columns:
-            del self.column(column)[name]
-            if not len(self.column(column)):
-                delattr(self, column)
+        for column in list(slot.columns):
+            self.drop(column, slot)
+
+    def drop(self, column: str, slot: Slot) -> None:
+        """Drop one of an adapter's columns, and the column itself if it held nothing else."""
+        slot.columns.remove(column)
+        del self.column(column)[slot.name]
+        if not len(self.column(column)):
+            delattr(self, column)
 
     # ------------------------------------------------------------------ on and off
 

@@ -14,7 +14,7 @@ from .errors import did_you_mean, one_line
 UNKNOWN_WORDS = re.compile(r"unrecognized arguments: (?P<words>.*)")
 UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option) '(?P<key>[^']+)'")
 WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":')
-VALUES = tuple(re.compile(p, re.DOTALL) for p in (r"Given value: (.*)$", r"Got value: (.*)$", r"Not of type \w+: (.*?) does not conform"))
+VALUES = tuple(re.compile(p, re.DOTALL) for p in (r"Given value: (.*)$", r"Got value: (.*)$", r"Not of type \w+: (.*?) does not conform", r"could not convert string to \w+: '(.*?)'"))
 MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 COMMAND = re.compile(r"invalid choice: '(?P<word>[^']*)'")
 

@@ -158,6 +158,9 @@ class LoraConfig(PeftConfig):
         return values
 
 
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
 class Lora(Method, name="LORA"):
     """W' = W + s B A; see the top of this file."""
 
@@ -175,15 +178,21 @@ class Lora(Method, name="LORA"):
                 "is adapted through merged weights; set it to 0"
             )
         down, up = kind.factors(r, up_bias=config.lora_bias)
-        names = (
-            ("lora_A", "lora_B") if isinstance(down, nn.Module) else ("lora_embedding_A", "lora_embedding_B")
-        )
+        names = FACTORS[:2] if isinstance(down, nn.Module) else FACTORS[2:]
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         columns: dict[str, Column] = {"lora_dropout": dropout, names[0]: down, names[1]: up}
         return columns | {"r": r, "lora_alpha": alpha, "scaling": scale_of(alpha, r, config)}
 
     def init(self, slot: Slot) -> None:
         start(slot)
+
+    def follows_tying(self, config: LoraConfig) -> bool:
+        return config.ensure_weight_tying
+
+    def become_twin(self, slot: Slot, owner: Slot) -> None:
+        """Drop the factors: those of the tied weight, transposed, are the owner's, the other way round."""
+        for column in [c for c in slot.columns if c in FACTORS]:
+            slot.layer.drop(column, slot)
 
     def after(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         down, up, bias = factors(slot, y.dtype)
@@ -221,6 +230,9 @@ class Lora(Method, name="LORA"):
 
 def factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the weights of A and B, and B's bias, in the dtype of a computation."""
+    if slot.owner is not None:
+        down, up, _ = factors(slot.owner, dtype)
+        return up.mT, down.mT, None
     if "lora_A" not in slot.columns:
         return slot["lora_embedding_A"].to(dtype), slot["lora_embedding_B"].to(dtype), None
     up = slot["lora_B"]
@@ -245,6 +257,7 @@ def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """
     if (
         not isinstance(slot.kind, Linear)
+        or slot.owner is not None
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
     ):

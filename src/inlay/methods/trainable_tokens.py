@@ -46,7 +46,12 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
     """W'[token] = delta[i]; see the top of this file."""
 
     config = TrainableTokensConfig
-    follows_tying = True
+
+    def follows_tying(self, config: TrainableTokensConfig) -> bool:
+        return True
+
+    def become_twin(self, slot: Slot, owner: Slot) -> None:
+        slot.layer.column("trainable_tokens_delta")[slot.name] = owner["trainable_tokens_delta"]
 
     def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
