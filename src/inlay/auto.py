@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from .config import HUB_ARGUMENTS, PeftConfig
+from .config import HUB_ARGUMENTS, PeftConfig, TaskType
+from .files import locate
 from .peft_model import PeftModel
 from .tasks import (
     PeftModelForCausalLM,
@@ -34,9 +35,12 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base model that an adapter was trained on, and the adapter onto it.
+
+        A tokenizer that is saved beside the adapter and knows more tokens than the base model makes room for them.
 
         Args:
             pretrained_model_name_or_path: the adapter's folder, or a repository on the hub.
@@ -44,46 +48,68 @@ class AutoPeftModel:
             is_trainable: go on training it.
             config: use this configuration instead of the saved one.
             revision: revision of the adapter on the hub.
+            subfolder: a folder inside the adapter's folder or repository.
             **kwargs: passed to the base model's ``from_pretrained``, and those meant for the hub to the adapter's too.
 
         Raises:
-            ValueError: there is no adapter, or it names no base model or no class for it.
+            ValueError: there is no adapter, it is for another task, or it names no base model or no class for it.
         """
-        adapter_hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS} | (
-            {"revision": revision} if revision else {}
-        )
+        where = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS} | {"subfolder": subfolder}
+        where |= {"revision": revision} if revision else {}
         saved = (
-            PeftConfig.from_pretrained(pretrained_model_name_or_path, **adapter_hub)
-            if config is None
-            else config
+            PeftConfig.from_pretrained(pretrained_model_name_or_path, **where) if config is None else config
         )
+        base_class = cls._base_class(saved)
         if saved.base_model_name_or_path is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not say which base model it belongs to (base_model_name_or_path is null); "
                 "load that model yourself and use PeftModel.from_pretrained(model, adapter)"
             )
-        base = cls._base_class(saved).from_pretrained(
+        base = base_class.from_pretrained(
             saved.base_model_name_or_path, revision=saved.revision or "main", **kwargs
         )
+        _make_room_for_tokens(
+            base, pretrained_model_name_or_path, where, kwargs.get("trust_remote_code", False)
+        )
         return cls.peft_class.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **adapter_hub
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=saved, **where
         )
 
     @classmethod
     def _base_class(cls, saved: PeftConfig) -> Any:
         import transformers
 
-        if cls.auto_class is not None:
-            return getattr(transformers, cls.auto_class)
-        if saved.task_type is not None:
-            return getattr(transformers, AUTO_CLASS_OF[PeftModel.for_task[saved.task_type]])
-        name = (saved.auto_mapping or {}).get("base_model_class")
+        own = PeftModel.for_task.get(saved.task_type)
+        if own is not None and cls.auto_class is not None and own is not cls.peft_class:
+            raise ValueError(
+                f"the adapter is for the task {TaskType(saved.task_type).value}; use Auto{own.__name__} instead of {cls.__name__}"
+            )
+        recorded = (saved.auto_mapping or {}).get("base_model_class")
+        name = cls.auto_class or (AUTO_CLASS_OF[own] if own is not None else recorded)
         if name is None or not hasattr(transformers, name):
             raise ValueError(
                 f"the adapter names no task and the base class {name!r}, which transformers does "
                 "not have; use a task's own AutoPeftModelFor..."
             )
         return getattr(transformers, name)
+
+
+def _make_room_for_tokens(
+    base: Any, adapter: str | os.PathLike[str], where: dict[str, Any], trusted: bool
+) -> None:
+    """Enlarge the embeddings where the adapter was trained with added tokens, as its tokenizer tells."""
+    try:
+        locate(adapter, "tokenizer_config.json", **where)
+    except ValueError:
+        return
+    if not hasattr(base, "get_input_embeddings"):
+        return
+    from transformers import AutoTokenizer
+
+    known = {k: v for k, v in where.items() if v is not None}
+    tokens = len(AutoTokenizer.from_pretrained(adapter, trust_remote_code=trusted, **known))
+    if tokens > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(tokens)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

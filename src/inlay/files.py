@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -81,19 +82,37 @@ def locate(model_id: str | os.PathLike[str], filename: str, subfolder: str | Non
     path = Path(model_id) / (subfolder or "") / filename
     if path.is_file():
         return path
-    if not Path(model_id).is_dir() and _is_repository(str(model_id)):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-
-        try:
-            return Path(hf_hub_download(str(model_id), filename, subfolder=subfolder or None, **hub))
-        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError) as error:
-            raise ValueError(f"Can't find '{filename}' at '{model_id}': {_first_line(error)}") from error
-    raise ValueError(f"Can't find '{filename}' at '{model_id}'")
+    if Path(model_id).is_dir() or not is_hub_id(str(model_id)):
+        raise ValueError(f"Can't find '{filename}' at '{path.parent}'")
+    return _from_hub(str(model_id), filename, subfolder, **hub)
 
 
-def _is_repository(name: str) -> bool:
-    return not os.path.isabs(name) and name.count("/") <= 1 and not name.startswith((".", "~"))
+def is_hub_id(name: str) -> bool:
+    """Whether a string can name a repository on the hub: "name" or "user/name"."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII) is not None
+
+
+def _from_hub(repository: str, filename: str, subfolder: str | None, **hub: Any) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, filename, subfolder=subfolder or None, **hub))
+    except Exception as error:  # the HTTP library and so its errors differ between versions of the client
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            reason = "there is no such folder or cached file, and the hub was not asked (offline) or did not answer"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "there is no such folder, and no such repository on the hub that you may read; pass token= if it is private"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"the repository has no revision {hub['revision']!r}"
+        elif isinstance(error, errors.EntryNotFoundError):
+            reason = (
+                f"the repository has no such file in {subfolder!r}"
+                if subfolder
+                else "the repository has no such file"
+            )
+        else:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"Can't find '{filename}' at '{repository}': {reason}") from error
 
 
 def read_tensors(

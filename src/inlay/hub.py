@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import PeftConfig, TaskType
-from .files import write_atomically
+from .files import is_hub_id, write_atomically
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -29,8 +29,11 @@ def write_model_card(folder: Path, config: PeftConfig) -> None:
 def model_card(config: PeftConfig) -> str:
     """Return the text of a model card: what the hub reads (library, base model, tags) and how to load the adapter."""
     base, method = config.base_model_name_or_path, config.method_name().lower()
-    tags = sorted({"inlay", method, *([f"base_model:adapter:{base}"] if base else [])})
-    head = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft"]
+    on_hub = (
+        base is not None and is_hub_id(base) and not Path(base).is_dir()
+    )  # the hub refuses a card that names a folder
+    tags = sorted({"inlay", method, *([f"base_model:adapter:{base}"] if on_hub else [])})
+    head = ["---", *([f"base_model: {base}"] if on_hub else []), "library_name: peft"]
     if config.task_type in _PIPELINE_TAGS:
         head.append(f"pipeline_tag: {_PIPELINE_TAGS[TaskType(config.task_type)]}")
     head += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
@@ -51,6 +54,7 @@ def push(
     model: PeftModel,
     repo_id: str,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -64,6 +68,7 @@ def push(
         model: the model.
         repo_id: "user/name"; made if it does not exist.
         commit_message: message of the commit.
+        commit_description: longer text that goes with it.
         private: make a new repository private.
         token: access token, if not the one of the login.
         revision: branch to commit to; made if it does not exist.
@@ -72,7 +77,7 @@ def push(
         **kwargs: passed to ``save_pretrained``.
 
     Returns:
-        the address of the commit.
+        the address of the commit, as the client's ``CommitInfo``, which is a string that also knows the commit's hash.
     """
     from huggingface_hub import HfApi
 
@@ -82,11 +87,11 @@ def push(
         api.create_branch(repo, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, safe_serialization=safe_serialization, **kwargs)
-        commit = api.upload_folder(
+        return api.upload_folder(
             repo_id=repo,
             folder_path=folder,
             commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
-    return str(commit)

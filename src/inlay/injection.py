@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from .method import Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .switch import Switch
 from .targets import ALL_LINEAR, find_targets, linear_paths, matches
-from .tied import check_tying, tie_copies, tied_places, with_tied
+from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
 from .walk import Place, adapted_layers, places
 
@@ -31,6 +31,7 @@ class Plan:
     layers: list[tuple[Place, str]]
     saved: list[Place]
     tokens: list[tuple[Place, list[int]]]
+    tied: Groups
 
 
 def resolve(model: nn.Module, config: PeftConfig) -> Any:
@@ -43,7 +44,7 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
         )
     elif settled.target_modules == ALL_LINEAR:
         settled.target_modules = set(linear_paths(model, settled.task_type)) - set(
-            find_saved(model, settled.modules_to_save or ())
+            find_saved(model, getattr(settled, "modules_to_save", None) or ())
         )
     return settled
 
@@ -56,9 +57,10 @@ def plan(model: nn.Module, config: Any) -> Plan:
         ValueError: a named module is of a kind that no adapter can sit on.
     """
     known = places(model)
+    tied = shared_weights(known.values())
     saved = [known[path] for path in find_saved(model, getattr(config, "modules_to_save", None) or ())]
     if getattr(config, "ensure_weight_tying", False):
-        saved = with_tied(saved, known)
+        saved = with_tied(saved, tied)
     tokens = _token_places(model, config, known)
     inside_saved = [
         place
@@ -95,8 +97,8 @@ def plan(model: nn.Module, config: Any) -> Plan:
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
     method = method_by_name(config.method_name())()
-    check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, known)
-    return Plan(method, _with_out_projections(known, layers), saved, tokens)
+    check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
+    return Plan(method, _with_out_projections(known, layers), saved, tokens, tied)
 
 
 def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable[tuple[Place, str]]:
@@ -165,13 +167,16 @@ def inject(
     """
     chosen = plan(model, config)
     slots: list[Slot] = []
+    initialise = initialise or chosen.method.changes_base(config)
     try:
         for place, param in chosen.layers:
             slots.append(_wrap(place, param, switch).add(name, chosen.method, config, place.path))
             if chosen.method.follows_tying(config):
-                slots += _tied_slots(model, place, slots[-1], lambda tied: _wrap(tied, "weight", switch))
+                slots += _twins(
+                    tied_places(place, chosen.tied), slots[-1], lambda twin: _wrap(twin, "weight", switch)
+                )
         for place, rows in chosen.tokens:
-            slots += _add_token_rows(model, place, rows, name, switch)
+            slots += _add_token_rows(place, tied_places(place, chosen.tied), rows, name, switch)
         for place in chosen.saved:
             _save_whole(place, name, switch)
         if getattr(config, "ensure_weight_tying", False):
@@ -231,19 +236,19 @@ def _save_whole(place: Place, name: str, switch: Switch) -> None:
     wrapper.add(name)
 
 
-def _add_token_rows(model: nn.Module, place: Place, rows: list[int], name: str, switch: Switch) -> list[Slot]:
+def _add_token_rows(
+    place: Place, tied: Sequence[Place], rows: list[int], name: str, switch: Switch
+) -> list[Slot]:
     """Train rows of an embedding, and the same rows of the output layer that is tied to it."""
     config = TrainableTokensConfig(token_indices=rows, target_modules=[place.path])
     slot = _token_layer(place, switch).add(name, TrainableTokens(), config, place.path)
-    return [slot, *_tied_slots(model, place, slot, lambda tied: _token_layer(tied, switch))]
+    return [slot, *_twins(tied, slot, lambda twin: _token_layer(twin, switch))]
 
 
-def _tied_slots(
-    model: nn.Module, place: Place, slot: Slot, wrap: Callable[[Place], AdaptedLayer]
-) -> Iterable[Slot]:
+def _twins(tied: Sequence[Place], slot: Slot, wrap: Callable[[Place], AdaptedLayer]) -> Iterable[Slot]:
     """Give every layer that is tied to an adapted one a slot with the same parameters."""
-    for tied in tied_places(place, places(model).values()):
-        twin = wrap(tied).add(slot.name, slot.method, slot.config, tied.path)
+    for place in tied:
+        twin = wrap(place).add(slot.name, slot.method, slot.config, place.path)
         twin.owner = slot
         slot.method.become_twin(twin, slot)
         yield twin

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .training.checkpointing import let_gradients_through_inputs
+
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
@@ -14,41 +16,36 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a (quantised) base model, keep its other parameters in float32, and turn on gradient checkpointing.
+    """Freeze a base model and keep its small parameters in float32; let a quantised one recompute its activations.
 
     Args:
         model: the base model; it is changed in place and returned.
-        use_gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        gradient_checkpointing_kwargs: passed to ``model.gradient_checkpointing_enable``.
+        use_gradient_checkpointing: where the model is quantised, recompute activations in the backward pass instead of keeping
+            them. As in PEFT, other models are left to ``model.gradient_checkpointing_enable()``.
+        gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``{"use_reentrant": True}`` by default.
         auto_clear_cache: give memory that is no longer used back to the device.
     """
     for p in model.parameters():
         p.requires_grad_(False)
-    if not getattr(model, "is_quantized", False) or _method(model) in ("bitsandbytes", "hqq"):
+    in_bits_and_bytes = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    quantised = in_bits_and_bytes or getattr(model, "is_quantized", False)
+    if (
+        in_bits_and_bytes or not quantised
+    ):  # others keep their packed weights in tensors that look like half precision
         for p in model.parameters():
-            if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ not in (
-                "Params4bit",
-                "Int8Params",
-            ):
+            if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ != "Params4bit":
                 p.data = p.data.float()
-    if use_gradient_checkpointing:
-        settings = (
-            {"use_reentrant": True}
-            if gradient_checkpointing_kwargs is None
-            else gradient_checkpointing_kwargs
-        )
-        if settings.get("use_reentrant", True):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
+    if quantised and use_gradient_checkpointing:
+        _checkpoint(model, gradient_checkpointing_kwargs or {"use_reentrant": True})
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model
 
 
-def _method(model: nn.Module) -> str:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return (
-        str(getattr(config, "quant_method", "bitsandbytes" if config is not None else ""))
-        .rsplit(".", 1)[-1]
-        .lower()
-    )
+def _checkpoint(model: Any, settings: dict[str, Any]) -> None:
+    if settings.get("use_reentrant", True):
+        let_gradients_through_inputs(model)
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5; the old name warns there
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 Factor = nn.Module | nn.Parameter
 KindT = TypeVar("KindT", bound="type[LayerKind]")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _KINDS: list[tuple[Callable[[nn.Module, str], bool], type[LayerKind]]] = []
 
@@ -373,10 +374,12 @@ class Experts(LayerKind):
         return torch.einsum("ore,eri->eoi", b, a)
 
 
-def uninitialised(module: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Return a module whose parameters have memory but no values yet."""
-    new: nn.Module = nn.utils.skip_init(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-    return new
+def uninitialised(cls: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
+    """Return a module whose parameters have memory but no values yet: a method's ``init`` gives them theirs."""
+    silent = type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    module = silent(*args, **kwargs)
+    module.__class__ = cls
+    return module
 
 
 def _block_diagonal(m: Tensor, groups: int) -> Tensor:

@@ -127,7 +127,9 @@ class AdaptedLayer(SlottedLayer):
         return self.kind.matrix(self.store.read(self.host, self.kind.param))
 
     def set_base_matrix(self, w: Tensor, name: str) -> None:
-        """Give the base layer another weight for good, as a canonical matrix. A layer tied to it keeps the present one.
+        """Give the base layer another weight for good, as a canonical matrix.
+
+        A layer tied to it keeps the present one, unless the adapter is to be tied as well.
 
         Args:
             w: the weight W[..., out, in]; it is stored in the present one's dtype and format.
@@ -138,12 +140,15 @@ class AdaptedLayer(SlottedLayer):
         """
         if others := sorted(self.slots.keys() - {name}):
             raise ValueError(
-                f"adapter {name!r} starts by changing the base weights, which adapters {others} were made for; give it a model of its "
-                "own, or convert it with save_pretrained(path_initial_model_for_weight_conversion=...) and load the result"
+                f"adapter {name!r} starts by changing the base weights, which adapters {others} were made for; "
+                "give it a model of its own, or convert it with "
+                "save_pretrained(path_initial_model_for_weight_conversion=...) and load the result"
             )
-        self._install(
-            self.kind.param, self.store.wrap(self.host, self.kind.param, self.kind.native(w).contiguous())
-        )
+        new = self.store.wrap(self.host, self.kind.param, self.kind.native(w).contiguous())
+        if getattr(self.slots[name].config, "ensure_weight_tying", False):
+            getattr(self.host, self.kind.param).data = new.data
+        else:
+            self._install(self.kind.param, new)
 
     def base_bias(self) -> Tensor | None:
         """Return the base bias b[out], or None."""

@@ -109,8 +109,12 @@ class Method:
         """
         raise NotImplementedError
 
+    def changes_base(self, config: Any) -> bool:
+        """Whether ``init`` gives base layers other weights, which loading an adapter must do as well."""
+        return False
+
     def init(self, slot: Slot) -> None:
-        """Set the initial values. Not called where they are about to be loaded from a file."""
+        """Set the initial values. Not called where they are about to be loaded onto the meta device."""
 
     def before(self, slot: Slot, x: Tensor) -> Tensor:
         """Change the layer's input ``x[..., in]``."""

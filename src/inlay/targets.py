@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -99,7 +99,7 @@ def find_targets(paths: Iterable[str], config: Any) -> list[str]:
             f"Please check the target modules and try again{_suggestion(targets, candidates)}."
         )
     if isinstance(targets, (set, list, tuple)):
-        unused = sorted(t for t in targets if not any(matches(path, [t]) for path in candidates))
+        unused = sorted(set(targets) - {ending for path in candidates for ending in _endings(path)})
         if unused:
             warnings.warn(
                 f"no module matches target_modules entries {unused}{_suggestion(unused, candidates)}",
@@ -115,7 +115,15 @@ def matches(path: str, names: Collection[str] | str | None) -> bool:
         return False
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
+    return any(ending in names for ending in _endings(path))
+
+
+def _endings(path: str) -> Iterator[str]:
+    """Yield a path and what is left of it after each of its dots."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def linear_paths(model: nn.Module, task_type: Any = None) -> list[str]:

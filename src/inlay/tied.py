@@ -12,24 +12,30 @@ from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper
 from .walk import Place
 
+Groups = dict[int, list[Place]]
 
-def tied_places(place: Place, known: Iterable[Place]) -> list[Place]:
+
+def shared_weights(known: Iterable[Place]) -> Groups:
+    """Return the places whose modules share a weight, by the weight's identity."""
+    groups: Groups = {}
+    for place in known:
+        weight = place.module._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(place)
+    return {key: group for key, group in groups.items() if len(group) > 1}
+
+
+def tied_places(place: Place, tied: Groups) -> list[Place]:
     """Return the other places whose module has the very same weight."""
-    weight = getattr(place.module, "weight", None)
-    return [
-        other
-        for other in known
-        if weight is not None
-        and other.module is not place.module
-        and getattr(other.module, "weight", None) is weight
-    ]
+    group = tied.get(id(place.module._parameters.get("weight")), [])
+    return [other for other in group if other is not place]
 
 
-def with_tied(saved: Sequence[Place], known: dict[str, Place]) -> list[Place]:
+def with_tied(saved: Sequence[Place], tied: Groups) -> list[Place]:
     """Return modules to save together with all that share their weights."""
     found = list(saved)
     for place in saved:
-        found += [other for other in tied_places(place, known.values()) if all(other is not p for p in found)]
+        found += [other for other in tied_places(place, tied) if all(other is not p for p in found)]
     return found
 
 
@@ -42,30 +48,27 @@ def tie_copies(saved: Sequence[Place], name: str) -> None:
         copied.weight = first.setdefault(id(wrapper.original_module.weight), copied.weight)
 
 
-def check_tying(
-    config: Any, adapted: Sequence[Place], saved: Sequence[Place], known: dict[str, Place]
-) -> None:
-    """Warn where adapting one of two tied modules pulls them apart; refuse to keep LoRA's updates of both tied.
+def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], tied: Groups) -> None:
+    """Warn where adapting one of two tied modules pulls them apart; refuse to tie what the method cannot.
 
     Raises:
-        ValueError: ``ensure_weight_tying`` is set and a tied module is adapted (not saved whole).
+        ValueError: ``ensure_weight_tying`` is set, and the method has no twins for a tied module that it adapts.
     """
-    both = [(p.path, other.path) for p in (*adapted, *saved) for other in tied_places(p, known.values())]
+    both = [(p.path, other.path) for p in (*adapted, *saved) for other in tied_places(p, tied)]
     if not both:
         return
     if not getattr(config, "ensure_weight_tying", False):
         warnings.warn(
             f"{both[0][0]} and {both[0][1]} share one weight, and the adapter changes only what it names: "
             "they are no longer tied. "
-            "Set ensure_weight_tying=True to keep modules_to_save and trained tokens tied.",
+            "Set ensure_weight_tying=True to keep them tied.",
             PeftWarning,
             stacklevel=2,
         )
-    elif any(tied_places(p, known.values()) for p in adapted):
+    elif any(tied_places(p, tied) for p in adapted):
         raise ValueError(
-            f"ensure_weight_tying=True cannot keep low-rank updates of {both[0][0]} and {both[0][1]} tied; "
-            "name them in modules_to_save, "
-            "train rows with trainable_token_indices, or leave ensure_weight_tying at False"
+            f"ensure_weight_tying=True cannot keep these updates of {both[0][0]} and {both[0][1]} tied; use plain LoRA, "
+            "name them in modules_to_save, or leave ensure_weight_tying at False"
         )
 
 

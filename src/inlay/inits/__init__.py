@@ -137,7 +137,6 @@ def check_start(kind: LayerKind, config: Any, r: int, layer: str) -> None:
 def start(slot: Slot) -> None:
     """Set the initial values of LoRA's factors as ``config.init_lora_weights`` says."""
     how = slot.config.init_lora_weights  # type: ignore[attr-defined]
-    check_start(slot.kind, slot.config, slot["r"], type(slot.layer.get_base_layer()).__name__)
     if "lora_A" in slot.columns:
         _start_linear(slot, how)
     else:

@@ -183,11 +183,11 @@ def _check_eva(model: Any, name: str) -> None:
 
 
 def _with_adapter(model: PeftModel, name: str) -> dict[str, AdaptedLayer]:
-    """Return the layers under an adapter by their paths in the base model."""
+    """Return the layers that hold an adapter's factors, by their paths in the base model."""
     from ..walk import adapted_layers
 
-    found = adapted_layers(model.get_base_model())
-    return {path.replace(".base_layer", ""): layer for path, layer in found if name in layer.slots}
+    found = [(path, layer) for path, layer in adapted_layers(model.get_base_model()) if name in layer.slots]
+    return {path.replace(".base_layer", ""): w for path, w in found if w.slots[name].owner is None}
 
 
 def _adapted(model: PeftModel, name: str) -> tuple[dict[str, AdaptedLayer], dict[str, int]]:

@@ -52,7 +52,7 @@ def replace_lora_weights_loftq(
     slots = [
         (path, w.slots[adapter_name])
         for path, w in adapted_layers(peft_model.get_base_model())
-        if adapter_name in w.slots
+        if adapter_name in w.slots and w.slots[adapter_name].owner is None
     ]
     for path, slot in slots:
         check_decomposable(slot.kind, slot.config, slot["r"], path)

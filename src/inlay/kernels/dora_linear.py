@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .dora_norm import dora_norm
 from .dropout import keep_mask, plain_dropped
-from .lora_linear import autocast_inputs
+from .lora_linear import autocast_inputs, outside_autocast
 from .low_rank import (
     add_delta,
     differentiable_grads,
@@ -64,7 +64,7 @@ def dora_linear(
     gain = scale / (1.0 - dropout_p)
     if torch.compiler.is_compiling():
         return plain_dora_linear(x, weight, bias, a, b, magnitude, weight_norm, keep, gain)
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         hold_output = torch.is_grad_enabled() and magnitude.requires_grad
         y: Tensor = _DoraLinear.apply(x, weight, bias, a, b, magnitude, weight_norm, keep, gain, hold_output)  # type: ignore[no-untyped-call]
     return y

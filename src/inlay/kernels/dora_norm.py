@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .lora_linear import outside_autocast
+
 _BLOCK_ELEMENTS_ON_CPU = 1 << 17
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
 # Rows of which less than this share of the squares survives are summed again directly: in the expansion
@@ -29,12 +31,12 @@ def dora_norm(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     a, b = a.to(dtype), b.to(dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with outside_autocast(weight):
         if weight.device.type != "cpu":
             return _direct_squares(weight, a, b, scale).sqrt_()
         own = ((b @ (a @ a.T)) * b).sum(1).mul_(scale * scale)
         base = row_norm_squares(weight) if row_norm_sq is None else row_norm_sq.to(dtype)
-        squares = (_times(weight, a.T.contiguous()) * b).sum(1).mul_(2.0 * scale).add_(base).add_(own)
+        squares = (_times(weight, a.T) * b).sum(1).mul_(2.0 * scale).add_(base).add_(own)
         cancelled = (squares < _CANCELLED_SHARE * (base + own)).nonzero().squeeze(1)
         if cancelled.numel():
             squares[cancelled] = _direct_squares(weight[cancelled], a, b[cancelled], scale)

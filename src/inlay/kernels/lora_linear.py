@@ -15,6 +15,7 @@ input share it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def lora_linear(
     gain = scale / (1.0 - dropout_p)
     if torch.compiler.is_compiling():
         return plain_lora_linear(x, weight, bias, a, b, keep, gain)
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         y: Tensor = _LoraLinear.apply(x, weight, bias, a, b, keep, gain)  # type: ignore[no-untyped-call]
     return y
 
@@ -75,6 +76,12 @@ def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on x's device; entering torch's own costs more than a thin product, so only if on."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -47,6 +47,9 @@ class Dora(Method, name="DORA"):
             shape = (1, *spread)  # a convolution's channel axis comes second
         return columns | {"lora_magnitude_vector": Magnitude(shape, device=kind.device, dtype=kind.dtype)}
 
+    def changes_base(self, config: LoraConfig) -> bool:
+        return LORA.changes_base(config)
+
     @torch.no_grad()
     def init(self, slot: Slot) -> None:
         LORA.init(slot)

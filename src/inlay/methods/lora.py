@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType, name_set
-from ..inits import INITS, EvaConfig, LoftQConfig, is_init, start
+from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is_init, start
 from ..kernels.lora_linear import lora_linear
 from ..kinds import LayerKind, Linear
 from ..method import Column, Method, Slot
@@ -177,11 +177,15 @@ class Lora(Method, name="LORA"):
                 f"lora_dropout={config.lora_dropout} is not possible on {path}, whose {kind.param} "
                 "is adapted through merged weights; set it to 0"
             )
+        check_start(kind, config, r, path)
         down, up = kind.factors(r, up_bias=config.lora_bias)
         names = FACTORS[:2] if isinstance(down, nn.Module) else FACTORS[2:]
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         columns: dict[str, Column] = {"lora_dropout": dropout, names[0]: down, names[1]: up}
         return columns | {"r": r, "lora_alpha": alpha, "scaling": scale_of(alpha, r, config)}
+
+    def changes_base(self, config: LoraConfig) -> bool:
+        return changes_base(config)
 
     def init(self, slot: Slot) -> None:
         start(slot)
@@ -193,6 +197,8 @@ class Lora(Method, name="LORA"):
         """Drop the factors: those of the tied weight, transposed, are the owner's, the other way round."""
         for column in [c for c in slot.columns if c in FACTORS]:
             slot.layer.drop(column, slot)
+        for column in ("r", "lora_alpha", "scaling"):
+            slot.layer.column(column)[slot.name] = owner[column]
 
     def after(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         down, up, bias = factors(slot, y.dtype)

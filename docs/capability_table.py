@@ -1,0 +1,138 @@
+"""Make the table "method x what it can do" of the README by trying each cell out.
+
+python docs/capability_table.py            print the table
+python docs/capability_table.py --write    put it into README.md
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- capabilities: made by docs/capability_table.py -->", "<!-- end of capabilities -->"
+
+
+class Experts(nn.Module):
+    """One matrix per expert, as mixture-of-experts models keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_of_experts = nn.Parameter(torch.randn(3, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,eoi->no", x, self.weight_of_experts)
+
+
+class Attention(nn.MultiheadAttention):
+    """Self-attention that returns its output alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def gpt2_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(8, 6)
+
+
+def layers() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
+    x = torch.randn(4, 6)
+    return {
+        "Linear": (lambda: nn.Linear(6, 8), x),
+        "Conv1D (GPT-2)": (gpt2_conv1d, x),
+        "Conv 1/2/3d": (lambda: nn.Conv2d(6, 8, 3), torch.randn(4, 6, 5, 5)),
+        "grouped conv": (lambda: nn.Conv2d(6, 8, 3, groups=2), torch.randn(4, 6, 5, 5)),
+        "Embedding": (lambda: nn.Embedding(9, 6), torch.randint(0, 9, (4, 3))),
+        "attention": (lambda: Attention(6, 2, batch_first=True), torch.randn(4, 3, 6)),
+        "experts": (Experts, x),
+    }
+
+
+METHODS: dict[str, Callable[[dict[str, Any]], PeftConfig]] = {
+    "LoRA, rsLoRA": lambda where: LoraConfig(r=2, **where),
+    "DoRA": lambda where: LoraConfig(r=2, use_dora=True, **where),
+    "trainable tokens": lambda where: TrainableTokensConfig(token_indices=[1, 2], **where),
+}
+
+
+def works_on(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
+    """Whether the adapter can be set in, starts as the identity, and its merged weights compute the same."""
+    base = nn.Sequential(copy.deepcopy(layer))
+    try:
+        model = get_peft_model(base, config)
+    except (ValueError, TypeError):
+        return False
+    with torch.no_grad():
+        assert torch.allclose(model(x), layer(x), atol=1e-5)
+        for p in model.base_model.adapter_parameters("default"):
+            p.add_(torch.randn_like(p))
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        adapted = model(x)
+        model.merge_adapter()
+        assert torch.allclose(model(x), adapted, atol=1e-4)
+        model.unmerge_adapter()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return True
+
+
+def takes_a_mixed_batch(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
+    """Whether every sample of a batch may have its own adapter."""
+    model = get_peft_model(nn.Sequential(copy.deepcopy(layer)), config).eval()
+    with torch.no_grad():
+        for p in model.base_model.adapter_parameters("default"):
+            p.add_(torch.randn_like(p))
+        mixed = model(x, adapter_names=["default", "__base__"] * 2)
+        adapted = model(x)
+        with model.disable_adapter():
+            base = model(x)
+    return torch.allclose(mixed[::2], adapted[::2]) and torch.allclose(mixed[1::2], base[1::2])
+
+
+def table() -> str:
+    """Return the table in Markdown; a cell is "yes" only if it was tried just now."""
+    torch.manual_seed(0)
+    columns = layers()
+    rows = [["method", *columns, "exact unmerge", "an adapter per sample"], ["---"] * (len(columns) + 3)]
+    for name, make in METHODS.items():
+        found = {}
+        for kind, (layer, x) in columns.items():
+            where = (
+                {"target_parameters": ["weight_of_experts"], "target_modules": []}
+                if kind == "experts"
+                else {"target_modules": ["0"]}
+            )
+            try:
+                found[kind] = works_on(make(where), layer(), x)
+            except TypeError:  # this configuration has no target_parameters
+                found[kind] = False
+        kind = next(k for k, yes in found.items() if yes)
+        mixed = takes_a_mixed_batch(make({"target_modules": ["0"]}), columns[kind][0](), columns[kind][1])
+        rows.append([name, *("yes" if found[k] else "-" for k in columns), "yes", "yes" if mixed else "-"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def readme_with(text: str) -> str:
+    """Return the README with another table in it."""
+    old = README.read_text(encoding="utf-8")
+    start, end = old.index(BEGIN) + len(BEGIN), old.index(END)
+    return f"{old[:start]}\n{text}\n{old[end:]}"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    made = table()
+    if "--write" in sys.argv[1:]:
+        README.write_text(readme_with(made), encoding="utf-8")
+    else:
+        print(made)
