@@ -49,6 +49,7 @@ class AutoPeftModel:
             config: use this configuration instead of the saved one.
             revision: revision of the adapter on the hub.
             subfolder: a folder inside the adapter's folder or repository.
+            import_allowlist: accepted for compatibility; classes are looked up in transformers only, never imported by name.
             **kwargs: passed to the base model's ``from_pretrained``, and those meant for the hub to the adapter's too.
 
         Raises:

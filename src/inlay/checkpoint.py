@@ -183,14 +183,13 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return keys
 
 
-def _twin_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """Return the keys under which PEFT repeats the factors of an adapter on a tied layer."""
+def _twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the beginnings of keys under which PEFT repeats an adapter's tensors for a tied layer."""
     prefix, bare = _bare_model(model)
     return [
-        f"{prefix}{path}.{key}"
+        f"{prefix}{path}."
         for path, w in wrappers(bare)
         if isinstance(w, AdaptedLayer) and adapter_name in w.slots and w.slots[adapter_name].owner is not None
-        for key in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
     ]
 
 
@@ -233,7 +232,11 @@ def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["a
     found = []
     for path, place in places(bare).items():
         wrapper = place.wrapper
-        adapted = isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots
+        adapted = (
+            isinstance(wrapper, AdaptedLayer)
+            and adapter_name in wrapper.slots
+            and wrapper.slots[adapter_name].method.saves_embedding
+        )
         at_an_end = path.rsplit(".", 1)[-1] in EMBEDDINGS or _is_embedding(bare, place)
         if (adapted and path.rsplit(".", 1)[-1] in EMBEDDINGS) or (whole and at_an_end):
             found.append(f"{prefix}{place.real_path}{unwrapped(wrapper)[1]}.weight")
@@ -319,8 +322,12 @@ class SavedAdapter:
         """
         expected = set(disk_keys(model, name).values())
         missing = sorted(expected - self.tensors.keys())
-        tolerated = (*WHOLE_EMBEDDING, *_twin_keys(model, name))
-        unexpected = sorted(key for key in self.tensors.keys() - expected if not key.endswith(tolerated))
+        twins = tuple(_twin_paths(model, name))
+        unexpected = sorted(
+            key
+            for key in self.tensors.keys() - expected
+            if not key.endswith(WHOLE_EMBEDDING) and not key.startswith(twins)
+        )
         if missing or unexpected:
             raise AdapterFileError(
                 f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has "

@@ -170,7 +170,8 @@ def inject(
     initialise = initialise or chosen.method.changes_base(config)
     try:
         for place, param in chosen.layers:
-            slots.append(_wrap(place, param, switch).add(name, chosen.method, config, place.path))
+            path = place.path if param == "weight" else f"{place.path}.{param}"
+            slots.append(_wrap(place, param, switch).add(name, chosen.method, config, path))
             if chosen.method.follows_tying(config):
                 slots += _twins(
                     tied_places(place, chosen.tied), slots[-1], lambda twin: _wrap(twin, "weight", switch)

@@ -133,6 +133,24 @@ class LayerKind:
         return F.linear(F.linear(x, down), up)
 
 
+def _dimensions(layer: nn.Module, param: str) -> int:
+    value = getattr(layer, param, None)
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+@layer_kind(lambda m, p: _dimensions(m, p) == 2)
+class Matrix(LayerKind):
+    """Any other 2-d parameter, W[out, in]; its module runs with the merged parameter."""
+
+    layers = ("any 2-d parameter",)
+    direct = False
+
+    def __init__(self, layer: nn.Module, param: str) -> None:
+        super().__init__(layer, param)
+        self.out_features, self.in_features = getattr(layer, param).shape
+        self.bias = ""
+
+
 @layer_kind(
     lambda m, p: (
         p == "weight" and hasattr(m, "in_features") and hasattr(m, "out_features") and hasattr(m, "weight")
@@ -306,19 +324,6 @@ class Embedding(LayerKind):
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
-@layer_kind(lambda m, p: p != "weight" and getattr(m, p).dim() == 2)
-class Matrix(LayerKind):
-    """Any other 2-d parameter, W[out, in]; its module runs with the merged parameter."""
-
-    layers = ("any 2-d parameter",)
-    direct = False
-
-    def __init__(self, layer: nn.Module, param: str) -> None:
-        super().__init__(layer, param)
-        self.out_features, self.in_features = getattr(layer, param).shape
-        self.bias = ""
-
-
 @layer_kind(lambda m, p: isinstance(m, nn.MultiheadAttention) and p in ("weight", "in_proj_weight"))
 class InProjection(LayerKind):
     """The fused query, key and value projection of ``nn.MultiheadAttention``. W[3 embed, embed]."""
@@ -339,7 +344,7 @@ class InProjection(LayerKind):
         self.out_features, self.in_features = layer.in_proj_weight.shape
 
 
-@layer_kind(lambda m, p: p != "weight" and getattr(m, p).dim() == 3)
+@layer_kind(lambda m, p: p != "weight" and _dimensions(m, p) == 3)
 class Experts(LayerKind):
     """A 3-d parameter with one matrix per expert: [expert, out, in], or [expert, in, out] if ``layer.is_transposed``.
 

@@ -88,6 +88,8 @@ class Method:
     config: ClassVar[type[PeftConfig]]
     additive: ClassVar[bool] = False
     """Whether ``after`` adds to y something that depends on x alone, so that several such adapters commute."""
+    saves_embedding: ClassVar[bool] = True
+    """Whether an adapted embedding is saved whole beside the adapter, as PEFT does for most methods."""
     on_disk: ClassVar[dict[str, str]] = {}
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
 

@@ -17,11 +17,12 @@ ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")
 """Names under which transformers keeps the head of a sequence or token classifier."""
 
-_DEFAULT_TARGETS: dict[str, str] = {
+__FURTHER_TARGETS = {"vit": {"query", "value", "q_proj", "v_proj"}, "whisper": {"q_proj", "v_proj"}}
+"""Model types for which PEFT has no default."""
+DEFAULT_TARGETS: dict[str, str] = {
     "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm "
-    "gemma gemma2 gemma3_text qwen2 qwen3 whisper",
+    "gemma gemma2 gemma3_text qwen2 qwen3",
     "query value": "bert roberta xlm-roberta electra layoutlm",
-    "query value q_proj v_proj": "vit",
     "q v": "t5 mt5 umt5",
     "c_attn": "gpt2 gpt_bigcode",
     "query_key_value": "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
@@ -36,6 +37,8 @@ _DEFAULT_TARGETS: dict[str, str] = {
     "key value receptance output": "rwkv",
     "r_proj k_proj v_proj o_proj key value": "rwkv7",
 }
+_FURTHER_TARGETS = {"vit": {"query", "value", "q_proj", "v_proj"}, "whisper": {"q_proj", "v_proj"}}
+"""Model types for which PEFT has no default."""
 DEFAULT_TARGETS: dict[str, Collection[str] | str] = {
     model: set(names.split()) for names, models in _DEFAULT_TARGETS.items() for model in models.split()
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
@@ -49,8 +52,9 @@ def default_targets(model: nn.Module, required: bool = True) -> Collection[str] 
         ValueError: the type is unknown, and ``required``.
     """
     model_type = model_config(model).get("model_type")
-    if model_type in DEFAULT_TARGETS:
-        targets = DEFAULT_TARGETS[model_type]
+    known = DEFAULT_TARGETS | _FURTHER_TARGETS if required else DEFAULT_TARGETS
+    if model_type in known:
+        targets = known[model_type]
         paths = [path for path, _ in model.named_modules()]
         return (
             targets
@@ -154,7 +158,7 @@ def _in_layers(path: str, config: Any) -> bool:
         return True
     names = config.layers_pattern or [r"[^.]*"]
     for name in [names] if isinstance(names, str) else names:
-        if block := re.match(rf"(?:.*\.)?{name}\.(\d+)\.", path):
+        if block := re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path):
             return int(block.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 

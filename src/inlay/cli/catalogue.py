@@ -30,7 +30,9 @@ OTHERWISE = 1e-3
 
 def learning_rate(method: str) -> float:
     """Return the default peak learning rate of a method."""
-    return LEARNING_RATES.get(method, 1e-2 if "prompt" in method or "prefix" in method or "tuning" in method else OTHERWISE)
+    return LEARNING_RATES.get(
+        method, 1e-2 if "prompt" in method or "prefix" in method or "tuning" in method else OTHERWISE
+    )
 
 
 def method_configs() -> dict[str, type]:
@@ -97,7 +99,9 @@ def chosen_method(argv: Sequence[str]) -> str:
     for path in reversed(seen.config if seen.method is None else []):
         method = _read_yaml(path).get("method")
         if isinstance(method, str):
-            raise UserError(f"{path}: write 'method: {{name: {method}}}', because a method's options stand beside its name")
+            raise UserError(
+                f"{path}: write 'method: {{name: {method}}}', because a method's options stand beside its name"
+            )
         if isinstance(method, dict) and "name" in method:
             return str(method["name"])
     return seen.method or ""

@@ -16,7 +16,9 @@ def draw_curves(history: list[dict[str, Any]], metric: str, target: Path) -> Non
     from matplotlib.figure import Figure
 
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    evaluations = [(entry["step"], tidy(entry)) for entry in history if any(key.startswith("eval_") for key in entry)]
+    evaluations = [
+        (entry["step"], tidy(entry)) for entry in history if any(key.startswith("eval_") for key in entry)
+    ]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*train, strict=True), label="train") if train else None

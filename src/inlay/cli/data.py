@@ -32,6 +32,11 @@ class Table:
     columns: dict[str, list[Any]]
     numbers: list[int] = field(default_factory=list)
 
+    @property
+    def inputs(self) -> list[str]:
+        """The roles that are not targets."""
+        return [role for role in self.columns if role not in self.layout.targets]
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -46,7 +51,9 @@ class Table:
         return self.source.at(self.numbers[index])
 
 
-def read_table(spec: str, layouts: Iterable[Layout], columns: Columns, *, split: str = "eval", targets: bool = True) -> Table:
+def read_table(
+    spec: str, layouts: Iterable[Layout], columns: Columns, *, split: str = "eval", targets: bool = True
+) -> Table:
     """Read all rows that ``spec`` names.
 
     Args:
@@ -80,9 +87,13 @@ def read_table(spec: str, layouts: Iterable[Layout], columns: Columns, *, split:
     return table
 
 
-def _layout_of(row: dict[str, Any], source: Source, layouts: list[Layout], columns: Columns, targets: bool) -> Layout:
+def _layout_of(
+    row: dict[str, Any], source: Source, layouts: list[Layout], columns: Columns, targets: bool
+) -> Layout:
     def missing(layout: Layout) -> list[str]:
-        return [r for r in layout.inputs + (layout.targets if targets else ()) if getattr(columns, r) not in row]
+        return [
+            r for r in layout.inputs + (layout.targets if targets else ()) if getattr(columns, r) not in row
+        ]
 
     best = min(layouts, key=lambda layout: len(missing(layout)))
     if absent := missing(best):
@@ -94,7 +105,9 @@ def _layout_of(row: dict[str, Any], source: Source, layouts: list[Layout], colum
 
 def _optional(layout: Layout, row: dict[str, Any], columns: Columns) -> tuple[str, ...]:
     """Return the optional roles that are in the data, or that the user named and so expects there."""
-    return tuple(role for role in layout.optional if getattr(columns, role) in row or getattr(columns, role) != role)
+    return tuple(
+        role for role in layout.optional if getattr(columns, role) in row or getattr(columns, role) != role
+    )
 
 
 def _listed(row: dict[str, Any]) -> str:
@@ -112,7 +125,11 @@ def _text(value: Any, source: Source) -> str:
 
 
 def _label(value: Any, source: Source) -> str | int | float:
-    if not isinstance(value, (str, int, float)) or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+    if (
+        not isinstance(value, (str, int, float))
+        or value == ""
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         raise ValueError(f"a label is needed, here is {_shown(value)}")
     return int(value) if isinstance(value, bool) else value
 
@@ -137,7 +154,9 @@ def _image(value: Any, source: Source) -> Any:
         return str(path)
     if hasattr(value, "dtype"):
         if value.ndim not in (2, 3) or value.dtype != "uint8":
-            raise ValueError(f"an image is uint8 [height, width] or [height, width, 3], here is {value.dtype} {value.shape}")
+            raise ValueError(
+                f"an image is uint8 [height, width] or [height, width, 3], here is {value.dtype} {value.shape}"
+            )
         return value
     if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
         return value

@@ -22,8 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LengthGrouped(Sampler[int]):
-    """Random order in which neighbours are about equally long. It depends on seed and epoch only, so a resumed run and every
-    process of a distributed one see the same."""
+    """Random order in which neighbours are about equally long.
+
+    It depends on seed and epoch only, so a resumed run and every process of a distributed one see the same.
+    """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -43,13 +45,19 @@ class LengthGrouped(Sampler[int]):
 class TaskTrainer(Trainer):
     """A Trainer that asks the task how to batch, reduce and measure."""
 
-    def __init__(self, task: Task, model: Any, args: TrainingArguments, *, group_by_length: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, task: Task, model: Any, args: TrainingArguments, *, group_by_length: bool = False, **kwargs: Any
+    ) -> None:
         self.group_by_length = group_by_length
+
+        def measured(result: Any) -> dict[str, float]:
+            return task.measure(result.predictions, result.label_ids)
+
         super().__init__(
             model=model,
             args=args,
             data_collator=task.collate,
-            compute_metrics=task.measure,
+            compute_metrics=measured,
             preprocess_logits_for_metrics=task.reduce,
             processing_class=task.processor,
             **kwargs,
@@ -58,11 +66,13 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if not self.group_by_length or "input_ids" not in rows.column_names:
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGrouped(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
+        return LengthGrouped(
+            lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
+        )
 
 
 def arguments(folder: str, batch_size: int, precision: str, **more: Any) -> TrainingArguments:
@@ -96,7 +106,11 @@ def accepted(model: Any) -> Callable[[Dataset], Dataset]:
 def tidy(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics without the Trainer's prefix and clock; the loss is per token where the task counts tokens."""
     clock = ("runtime", "per_second", "preparation_time")
-    found = {key.removeprefix("eval_").removeprefix("test_"): float(value) for key, value in metrics.items() if key != "epoch"}
+    found = {
+        key.removeprefix("eval_").removeprefix("test_"): float(value)
+        for key, value in metrics.items()
+        if key != "epoch"
+    }
     found = {key: value for key, value in found.items() if not key.endswith(clock)}
     if "token_loss" in found:
         found["loss"] = found.pop("token_loss")
@@ -122,14 +136,19 @@ class Engine:
 
     def ready(self) -> Any:
         """Return the model on its device, in evaluation mode."""
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
         return self.model.to(device).eval()
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Run without gradients, in the chosen precision."""
         device = self.model.device.type
-        with torch.inference_mode(), torch.autocast(device, DTYPES.get(self.precision), enabled=self.precision in DTYPES):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, DTYPES.get(self.precision), enabled=self.precision in DTYPES),
+        ):
             yield
 
 

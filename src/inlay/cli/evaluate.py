@@ -9,8 +9,8 @@ from .data import read_table
 from .engine import Engine, match_share, tidy
 from .errors import UserError
 from .files import check_new, write_json
-from .models import load_trained
 from .options import Evaluate
+from .trained import load_trained
 
 
 def run(options: Evaluate) -> None:
@@ -23,7 +23,9 @@ def run(options: Evaluate) -> None:
     model, task = load_trained(options.adapter, options.model, options.dtype)
     table = read_table(options.data, task.accepted_layouts(), task.settings.columns)
     if options.generate and not (task.generates and "response" in table):
-        raise UserError("--generate counts exact responses: it needs a causal-lm or seq2seq model and rows of prompts with responses")
+        raise UserError(
+            "--generate counts exact responses: it needs a causal-lm or seq2seq model and rows of prompts with responses"
+        )
     engine = Engine(model, task, options.batch_size, options.precision, options.max_new_tokens)
     metrics = tidy(engine.predict(task.encode(table)).metrics)
     if options.generate:

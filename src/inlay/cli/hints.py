@@ -7,14 +7,28 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from .errors import did_you_mean, one_line
 
 UNKNOWN_WORDS = re.compile(r"unrecognized arguments: (?P<words>.*)")
 UNKNOWN_KEY = re.compile(r"(?:does not accept option|Option) '(?P<key>[^']+)'")
 WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":')
-VALUES = tuple(re.compile(p, re.DOTALL) for p in (r"Given value: (.*)$", r"Got value: (.*)$", r"Not of type \w+: (.*?) does not conform", r"could not convert string to \w+: '(.*?)'"))
+VALUES = tuple(
+    re.compile(p, re.DOTALL)
+    for p in (
+        r"Given value: (.*)$",
+        r"Got value: (.*)$",
+        r"Not of type \w+: (.*?) does not conform",
+        r"could not convert string to \w+: '(.*?)'",
+    )
+)
 MISSING = re.compile(r"the following arguments are required: (?P<keys>.*)")
 COMMAND = re.compile(r"invalid choice: '(?P<word>[^']*)'")
 
@@ -42,7 +56,9 @@ def explained(message: str, command: str, parser: Any, commands: Iterable[str]) 
         return f"unknown option {name}{did_you_mean(name, [*options, '--method'])}{help_hint}"
     if found := UNKNOWN_KEY.search(message):
         known = [o.removeprefix("--").replace("-", "_") for o in options]
-        return f"unknown option {found['key']!r} in the YAML file{did_you_mean(found['key'], known)}{help_hint}"
+        return (
+            f"unknown option {found['key']!r} in the YAML file{did_you_mean(found['key'], known)}{help_hint}"
+        )
     value = next((found[1] for pattern in VALUES if (found := pattern.search(message))), None)
     if value is not None and (found := WRONG_VALUE.search(message)):
         return _wrong_value(found["key"].removeprefix(f"{command}."), value.strip(), parser)
@@ -79,7 +95,9 @@ def _in_words(hint: Any) -> str:
         PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number of at least 0",
         PositiveFloat: "a number above 0", NonNegativeFloat: "a number of at least 0", ClosedUnitInterval: "a number from 0 to 1",
     }  # fmt: skip
-    parts = [arg for arg in typing.get_args(hint) if arg is not type(None)] if typing.get_args(hint) else [hint]
+    parts = (
+        [arg for arg in typing.get_args(hint) if arg is not type(None)] if typing.get_args(hint) else [hint]
+    )
     if typing.get_origin(hint) is dict:
         return "a mapping of names to values"
     if typing.get_origin(hint) in (list, set):

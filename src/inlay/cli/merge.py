@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .errors import told_as
 from .files import check_new, new_folder
-from .models import load_trained, save_trained
 from .options import Merge
+from .trained import load_trained, save_trained
 
 
 def run(options: Merge) -> None:

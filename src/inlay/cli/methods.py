@@ -17,11 +17,18 @@ def run(options: Methods) -> None:
     """
     if options.name is None:
         names = [*catalogue.method_configs(), *catalogue.BASELINES]
-        print(table(["method", "learning rate", "what it is"], [[n, f"{catalogue.learning_rate(n):g}", catalogue.summary(n)] for n in names]))
+        print(
+            table(
+                ["method", "learning rate", "what it is"],
+                [[n, f"{catalogue.learning_rate(n):g}", catalogue.summary(n)] for n in names],
+            )
+        )
         print("\n'inlay methods NAME' shows a method's options")
         return
     catalogue.check_method(options.name)
-    print(f"{options.name}: {catalogue.summary(options.name)}\nlearning rate by default: {catalogue.learning_rate(options.name):g}")
+    print(
+        f"{options.name}: {catalogue.summary(options.name)}\nlearning rate by default: {catalogue.learning_rate(options.name):g}"
+    )
     if options.name in catalogue.BASELINES:
         return
     told = catalogue.option_help(options.name)

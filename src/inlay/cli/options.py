@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
-TaskName = Literal["text-classification", "token-classification", "causal-lm", "seq2seq", "image-classification"]
+TaskName = Literal[
+    "text-classification", "token-classification", "causal-lm", "seq2seq", "image-classification"
+]
 GROUPS = ("what", "data", "columns", "training", "more")
 Precision = Literal["fp32", "bf16", "fp16"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,7 +25,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 def option(
     default: Any = None,
     *,
-    help: str,  # noqa: A002
+    help: str,
     group: str = "more",
     required: bool = False,
     positional: bool = False,
@@ -33,14 +41,19 @@ class Columns:
     """The data's own name for each column that a task reads."""
 
     text: str = option("text", help="the text (first sentence)", group="columns")
-    text2: str = option("text2", help="the second sentence; used where the data has this column", group="columns")
+    text2: str = option(
+        "text2", help="the second sentence; used where the data has this column", group="columns"
+    )
     label: str = option("label", help="the class, or a number for regression", group="columns")
     tokens: str = option("tokens", help="a list of words", group="columns")
     tags: str = option("tags", help="one tag per word", group="columns")
     prompt: str = option("prompt", help="what the model is given", group="columns")
-    response: str = option("response", help="what it shall answer; the only part with a loss", group="columns")
-    image: str = option("image", help="an image: a path (relative to the data file) or an array", group="columns")
-
+    response: str = option(
+        "response", help="what it shall answer; the only part with a loss", group="columns"
+    )
+    image: str = option(
+        "image", help="an image: a path (relative to the data file) or an array", group="columns"
+    )
 
 
 @dataclass
@@ -65,10 +78,14 @@ class Shape:
         None, help="longest input in tokens; default: what the model can take, at most 512", group="data"
     )
     separator: str = option(
-        "\n", help="causal-lm: what stands between prompt and response; YAML escapes such as '\"\\n\"' work", group="data"
+        "\n",
+        help="causal-lm: what stands between prompt and response; YAML escapes such as '\"\\n\"' work",
+        group="data",
     )
     pack: bool = option(
-        False, help="causal-lm on plain text: join the rows and cut them into blocks of max-length", group="data"
+        False,
+        help="causal-lm on plain text: join the rows and cut them into blocks of max-length",
+        group="data",
     )
 
 
@@ -90,37 +107,69 @@ class Train(Shape):
         group="what",
     )
     eval_data: str | None = option(
-        help="rows to evaluate on after each epoch; the best checkpoint is kept; default: no evaluation", group="what"
+        help="rows to evaluate on after each epoch; the best checkpoint is kept; default: no evaluation",
+        group="what",
     )
-    output_dir: str = option(help="a new folder for adapter, metrics, curves and checkpoints", required=True, group="what")
-    overwrite: bool = option(False, help="replace the results in output-dir, once the new ones are complete", group="what")
+    output_dir: str = option(
+        help="a new folder for adapter, metrics, curves and checkpoints", required=True, group="what"
+    )
+    overwrite: bool = option(
+        False, help="replace the results in output-dir, once the new ones are complete", group="what"
+    )
     resume: bool = option(
-        False, help="continue the interrupted run in output-dir as if nothing had happened; same options", group="what"
+        False,
+        help="continue the interrupted run in output-dir as if nothing had happened; same options",
+        group="what",
     )
     regression: bool | None = option(
-        help="text-classification: labels are numbers to predict; default: yes where one has a fraction", group="data"
+        help="text-classification: labels are numbers to predict; default: yes where one has a fraction",
+        group="data",
     )
     revision: str | None = option(help="branch, tag or commit of a hub model", group="what")
 
     epochs: PositiveFloat = option(3.0, help="passes over the training rows", group="training")
-    max_steps: PositiveInt | None = option(None, help="stop after this many optimiser steps; overrides epochs", group="training")
+    max_steps: PositiveInt | None = option(
+        None, help="stop after this many optimiser steps; overrides epochs", group="training"
+    )
     batch_size: PositiveInt = option(16, help="rows per device and step", group="training")
     eval_batch_size: PositiveInt = option(32, help="rows per device in evaluation", group="training")
     accumulate: PositiveInt = option(1, help="batches whose gradients make one step", group="training")
-    learning_rate: PositiveFloat | None = option(help="peak learning rate; default: by method, see 'inlay methods'", group="training")
-    schedule: Schedule = option("linear", help="how the learning rate falls after the warm-up", group="training")
-    warmup: ClosedUnitInterval = option(0.06, help="share of the steps in which the learning rate rises", group="training")
+    learning_rate: PositiveFloat | None = option(
+        help="peak learning rate; default: by method, see 'inlay methods'", group="training"
+    )
+    schedule: Schedule = option(
+        "linear", help="how the learning rate falls after the warm-up", group="training"
+    )
+    warmup: ClosedUnitInterval = option(
+        0.06, help="share of the steps in which the learning rate rises", group="training"
+    )
     weight_decay: NonNegativeFloat = option(0.0, help="AdamW's weight decay", group="training")
-    eval_steps: PositiveInt | None = option(help="evaluate and save every so many steps; default: each epoch", group="training")
-    patience: PositiveInt | None = option(help="stop after so many evaluations without a better one", group="training")
-    seed: int = option(0, help="seed of heads, adapter, dropout and order; the same seed gives the same run", group="training")
+    eval_steps: PositiveInt | None = option(
+        help="evaluate and save every so many steps; default: each epoch", group="training"
+    )
+    patience: PositiveInt | None = option(
+        help="stop after so many evaluations without a better one", group="training"
+    )
+    seed: int = option(
+        0,
+        help="seed of heads, adapter, dropout and order; the same seed gives the same run",
+        group="training",
+    )
     precision: Precision = option("fp32", help="mixed precision of the training step", group="training")
-    dtype: Dtype = option("auto", help="what the frozen weights are kept in; auto: as they are stored", group="training")
-    gradient_checkpointing: bool = option(False, help="less memory, about a third more time", group="training")
-    group_by_length: bool = option(True, help="batch rows of about the same length: less padding", group="training")
+    dtype: Dtype = option(
+        "auto", help="what the frozen weights are kept in; auto: as they are stored", group="training"
+    )
+    gradient_checkpointing: bool = option(
+        False, help="less memory, about a third more time", group="training"
+    )
+    group_by_length: bool = option(
+        True, help="batch rows of about the same length: less padding", group="training"
+    )
     workers: NonNegativeInt = option(0, help="processes that prepare batches", group="training")
     trainer: dict[str, Any] = option(
-        dict, help="more arguments of transformers.TrainingArguments, as --trainer.max_grad_norm 0.5", group="training"
+        dict,
+        help="more arguments of transformers.TrainingArguments, as --trainer.max_grad_norm 0.5",
+        group="training",
     )
 
 
@@ -128,7 +177,9 @@ class Train(Shape):
 class Trained:
     """Which trained model to use, and on what."""
 
-    adapter: str | None = option(help="an adapter folder, as 'inlay train' leaves it in OUTPUT_DIR/adapter", group="what")
+    adapter: str | None = option(
+        help="an adapter folder, as 'inlay train' leaves it in OUTPUT_DIR/adapter", group="what"
+    )
     model: str | None = option(
         help="with --adapter: where the base model is now; alone: a folder that 'inlay merge' wrote, or OUTPUT_DIR/model"
         " of --method full or head",
@@ -160,7 +211,9 @@ class Predict(Trained):
     Example: inlay predict --adapter out/adapter --data new.jsonl --output predictions.jsonl
     """
 
-    data: str = option(help="rows without labels; '-' reads JSONL from standard input", required=True, group="what")
+    data: str = option(
+        help="rows without labels; '-' reads JSONL from standard input", required=True, group="what"
+    )
     output: str = option("-", help="a .jsonl file; '-' writes to standard output", group="what")
 
 
@@ -173,7 +226,9 @@ class Merge:
 
     adapter: str = option(help="an adapter folder", required=True, group="what")
     output_dir: str = option(help="a new folder for the merged model", required=True, group="what")
-    model: str | None = option(help="where the base model is now; default: as the adapter recorded it", group="what")
+    model: str | None = option(
+        help="where the base model is now; default: as the adapter recorded it", group="what"
+    )
     dtype: Dtype = option("auto", help="what the weights are kept in; auto: as they are stored")
     overwrite: bool = option(False, help="replace the output folder, once the new one is complete")
 
@@ -185,7 +240,9 @@ class Inspect:
     Example: inlay inspect out/adapter
     """
 
-    path: str = option(help="an adapter folder, or a model (folder or hub id)", required=True, positional=True)
+    path: str = option(
+        help="an adapter folder, or a model (folder or hub id)", required=True, positional=True
+    )
     json: bool = option(False, help="print JSON instead of a table")
 
 

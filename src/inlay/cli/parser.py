@@ -58,7 +58,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _command_parser(name: str, options: type) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"inlay {name}", description=" ".join(_summary(options)), exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"inlay {name}", description=" ".join(_summary(options)), exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     _add_options(parser, options, "", {})
     return parser
@@ -74,7 +76,9 @@ def _add_options(parser: ArgumentParser, options: type, prefix: str, groups: dic
     told = [f for f in fields(options) if f.metadata]
     for f in sorted(told, key=lambda f: GROUPS.index(f.metadata["group"])):
         title, hint = f.metadata["group"], hints[f.name]
-        group = groups[title] if title in groups else groups.setdefault(title, parser.add_argument_group(title))
+        group = (
+            groups[title] if title in groups else groups.setdefault(title, parser.add_argument_group(title))
+        )
         if is_dataclass(hint):
             _add_options(parser, typing.cast("type", hint), f"{f.name}.", groups)
             continue
@@ -94,7 +98,10 @@ def _add_method_options(parser: ArgumentParser, name: str) -> None:
     types, told = catalogue.option_types(name), catalogue.option_help(name)
     for f in catalogue.own_options(name):
         group.add_argument(
-            _flag(f"method.{f.name}"), type=types[f.name], default=catalogue.default_of(f), help=told.get(f.name, "")
+            _flag(f"method.{f.name}"),
+            type=types[f.name],
+            default=catalogue.default_of(f),
+            help=told.get(f.name, ""),
         )
 
 
@@ -134,7 +141,9 @@ def _filled(options: type, values: Namespace) -> Any:
     """Return the dataclass with the parsed values."""
     hints = typing.get_type_hints(options)
     told = [f.name for f in fields(options) if f.metadata]
-    return options(**{n: _filled(hints[n], values[n]) if is_dataclass(hints[n]) else _plain(values[n]) for n in told})
+    return options(
+        **{n: _filled(hints[n], values[n]) if is_dataclass(hints[n]) else _plain(values[n]) for n in told}
+    )
 
 
 def _plain(value: Any) -> Any:

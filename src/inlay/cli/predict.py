@@ -9,8 +9,8 @@ from pathlib import Path
 from .data import read_table
 from .engine import Engine
 from .files import check_new, new_file
-from .models import load_trained
 from .options import Predict
+from .trained import load_trained
 
 
 def run(options: Predict) -> None:
@@ -22,7 +22,9 @@ def run(options: Predict) -> None:
     target = None if options.output == "-" else check_new(Path(options.output), overwrite=options.overwrite)
     model, task = load_trained(options.adapter, options.model, options.dtype)
     table = read_table(options.data, task.accepted_layouts(), task.settings.columns, targets=False)
-    answers = task.answer(Engine(model, task, options.batch_size, options.precision, options.max_new_tokens), table)
+    answers = task.answer(
+        Engine(model, task, options.batch_size, options.precision, options.max_new_tokens), table
+    )
     lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if target is None:
         sys.stdout.writelines(lines)

@@ -29,17 +29,25 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not sys.stderr.isatty())
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", disable=not sys.stderr.isatty()
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         if self.bar is None or not logs or "train_runtime" in logs:
             return
         evaluation = any(key.startswith("eval_") for key in logs)
-        numbers = tidy(logs) if evaluation else {"loss": logs.get("loss", 0.0), "rate": logs.get("learning_rate", 0.0)}
+        numbers = (
+            tidy(logs)
+            if evaluation
+            else {"loss": logs.get("loss", 0.0), "rate": logs.get("learning_rate", 0.0)}
+        )
         text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         tqdm.write(f"epoch {state.epoch:6.2f}  {'eval ' if evaluation else 'train'}  {text}", file=sys.stderr)
 

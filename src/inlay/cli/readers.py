@@ -49,10 +49,16 @@ def open_source(spec: str, split: str) -> Source:
     if path.is_file():
         suffix = _suffix(path)
         if suffix not in READERS:
-            raise UserError(f"{spec}: unknown format {suffix or 'without an ending'!r}; known: {', '.join(READERS)}, and .gz of these")
+            raise UserError(
+                f"{spec}: unknown format {suffix or 'without an ending'!r}; known: {', '.join(READERS)}, and .gz of these"
+            )
         unit, reader = READERS[suffix]
         return Source(spec, unit, _file_rows(path, reader), path.parent)
-    if path.suffix and not Path(spec.partition(":")[0]).is_dir() and (_suffix(path) in READERS or path.is_absolute()):
+    if (
+        path.suffix
+        and not Path(spec.partition(":")[0]).is_dir()
+        and (_suffix(path) in READERS or path.is_absolute())
+    ):
         raise UserError(f"{spec}: no such file")
     return Source(spec, "row", _dataset_rows(spec, split), Path())
 
@@ -73,7 +79,9 @@ def _file_rows(path: Path, reader: Callable[[IO[bytes], str], Numbered]) -> Numb
 
 
 def _jsonl(file: IO[bytes], name: str) -> Numbered:
-    for number, line in enumerate(file, 1):  # bytes end at "\n" only; texts may hold U+2028 and other separators
+    for number, line in enumerate(
+        file, 1
+    ):  # bytes end at "\n" only; texts may hold U+2028 and other separators
         if not line.strip():
             continue
         try:
@@ -81,7 +89,9 @@ def _jsonl(file: IO[bytes], name: str) -> Numbered:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{name}, line {number}: not valid JSON: {one_line(error)}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{name}, line {number}: a JSON object is needed on every line, not a {type(row).__name__}")
+            raise UserError(
+                f"{name}, line {number}: a JSON object is needed on every line, not a {type(row).__name__}"
+            )
         yield number, row
 
 
@@ -96,7 +106,9 @@ def _separated(delimiter: str) -> Callable[[IO[bytes], str], Numbered]:
                 if not row:
                     continue
                 if header is None or len(row) != len(header):
-                    raise UserError(f"{name}, line {rows.line_num}: {len(row)} columns, but the header has {len(header or [])}")
+                    raise UserError(
+                        f"{name}, line {rows.line_num}: {len(row)} columns, but the header has {len(header or [])}"
+                    )
                 yield rows.line_num, dict(zip(header, row, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{name}, line {rows.line_num + 1}: unreadable: {one_line(error)}") from None
@@ -182,7 +194,9 @@ def _split(spec: str, wanted: str | None, split: str, known: list[str]) -> str:
     if found is None and wanted is None and len(known) == 1:
         return known[0]
     if found is None:
-        raise UserError(f"{spec}: no split {wanted or usual[0]!r}; it has {', '.join(known)}: write NAME:SPLIT")
+        raise UserError(
+            f"{spec}: no split {wanted or usual[0]!r}; it has {', '.join(known)}: write NAME:SPLIT"
+        )
     return found
 
 
@@ -190,5 +204,5 @@ def _named(value: Any, feature: Any) -> Any:
     """Return class numbers as the names that the data set gives them."""
     if hasattr(feature, "int2str") and value is not None:
         return feature.int2str(value)
-    inner = getattr(feature, "feature", None)
+    inner: Any = getattr(feature, "feature", None)
     return inner.int2str(value) if hasattr(inner, "int2str") and value else value

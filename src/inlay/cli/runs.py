@@ -40,7 +40,9 @@ class Run:
         self.options, self.folder = options, Path(options.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         if is_main_process():
-            check_new(self.folder, overwrite=options.overwrite or options.resume, ways_out="--overwrite or --resume")
+            check_new(
+                self.folder, overwrite=options.overwrite or options.resume, ways_out="--overwrite or --resume"
+            )
         if options.resume:
             self._check_same()
 
@@ -52,8 +54,8 @@ class Run:
         for key in sorted({*before, *now} - {"output_dir"}):
             if before.get(key) != now.get(key):
                 raise UserError(
-                    f"--resume: {key.replace('_', '-')} was {before.get(key)!r} in the interrupted run and is now {now.get(key)!r};"
-                    f" give the same options (--config {noted}), or begin anew with --overwrite"
+                    f"--resume: {key.replace('_', '-')} was {before.get(key)!r} in the interrupted run and is now"
+                    f" {now.get(key)!r}; give the same options (--config {noted}), or begin anew with --overwrite"
                 )
 
     def begin(self) -> str | None:
@@ -67,13 +69,20 @@ class Run:
         return checkpoint
 
     def _last_checkpoint(self) -> str | None:
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if all((path / name).is_file() for name in NEEDED)]
+        found = [
+            path
+            for path in self.checkpoints.glob("checkpoint-*")
+            if all((path / name).is_file() for name in NEEDED)
+        ]
         return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
     def write_options(self, target: Path) -> None:
         """Write the options as run, to be used with ``--config``."""
         with new_file(target) as path:
-            path.write_text(yaml.safe_dump(_plain(as_run(self.options)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+            path.write_text(
+                yaml.safe_dump(_plain(as_run(self.options)), sort_keys=False, allow_unicode=True),
+                encoding="utf-8",
+            )
 
 
 def _plain(value: Any) -> Any:

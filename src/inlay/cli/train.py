@@ -18,17 +18,19 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from . import catalogue
+from .adapt import adapt
 from .curves import draw_curves
-from .data import Table, read_table
+from .data import Layout, Table, read_table
 from .engine import TaskTrainer, accepted, arguments, tidy
 from .errors import UserError, did_you_mean, told_as
 from .files import is_main_process, new_file, new_folder, write_json
-from .models import adapt, input_limit, load_base, load_config, model_place, save_trained
+from .models import input_limit, load_base, load_config, model_place
 from .options import Train
 from .progress import LogWhenSaving, Progress
 from .runs import Run, versions
 from .tasks import task_class
 from .tasks.base import Settings, Task
+from .trained import save_trained
 
 
 def run(options: Train) -> None:
@@ -60,38 +62,43 @@ def _limits_told(here: Run) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("out of memory: try a smaller --batch-size with --accumulate, or --gradient-checkpointing") from error
+        raise UserError(
+            "out of memory: try a smaller --batch-size with --accumulate, or --gradient-checkpointing"
+        ) from error
     except (RuntimeError, SafetensorError) as error:
         if "PytorchStreamWriter" not in str(error) and "No space left" not in str(error):
             raise
-        raise UserError(f"no space left for checkpoints in {here.checkpoints}; make some and go on with --resume") from error
+        raise UserError(
+            f"no space left for checkpoints in {here.checkpoints}; make some and go on with --resume"
+        ) from error
 
 
 def _prepare(options: Train, place: str) -> tuple[Task, list[Dataset]]:
     """Return the task and the encoded rows: training, and evaluation if there is one."""
     kind = task_class(options.task)
-    tables = [read_table(options.train_data, kind.layouts, options.columns, split="train")]
-    layouts = (tables[0].layout,)
-    if options.eval_data is not None:
-        tables.append(read_table(options.eval_data, layouts, options.columns))
+    first = read_table(options.train_data, kind.layouts, options.columns, split="train")
+    same = Layout(tuple(first.inputs), first.layout.targets)
+    more = [] if options.eval_data is None else [read_table(options.eval_data, [same], options.columns)]
     config = load_config(place, options.revision)
-    processor = kind.load_processor(place)
+    processor = kind.load_processor(place, revision=options.revision)
     settings = Settings(
-        options.task, options.columns, [role for role in tables[0].columns if role not in layouts[0].targets],
+        options.task, options.columns, first.inputs,
         max_length=input_limit(options.max_length, config, processor), separator=options.separator, pack=options.pack,
     )  # fmt: skip
-    kind.settle(settings, options, tables[0], config)
-    task = kind(settings, processor)
-    rows = [task.encode(table) for table in tables]
+    task = kind(kind.settle(settings, options, first, config), processor)
+    rows = [task.encode(table) for table in (first, *more)]
     if task.cuts_long_rows and is_main_process():
-        _tell_cut_rows(tables[0], rows[0], settings.max_length)
+        _tell_cut_rows(first, rows[0], settings.max_length)
     return task, rows
 
 
 def _tell_cut_rows(table: Table, rows: Dataset, limit: int) -> None:
     full = sum(len(ids) >= limit for ids in rows["input_ids"])
     if full:
-        print(f"{full} of {len(table)} training rows reach --max-length {limit} and are cut there", file=sys.stderr)
+        print(
+            f"{full} of {len(table)} training rows reach --max-length {limit} and are cut there",
+            file=sys.stderr,
+        )
 
 
 def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Dataset]) -> TaskTrainer:
@@ -103,7 +110,9 @@ def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Datas
     args = _arguments(options, task, here, steps, evaluated=len(rows) > 1)
     model = adapt(base, options, task, fresh, steps)
     _announce(options, model, rows, steps)
-    callbacks = [LogWhenSaving(), Progress()] + ([EarlyStoppingCallback(options.patience)] if options.patience else [])
+    callbacks = [LogWhenSaving(), Progress()] + (
+        [EarlyStoppingCallback(options.patience)] if options.patience else []
+    )
     return TaskTrainer(
         task, model, args, group_by_length=options.group_by_length, callbacks=callbacks,
         train_dataset=select(rows[0]), eval_dataset=select(rows[1]) if len(rows) > 1 else None,
@@ -113,9 +122,10 @@ def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Datas
 def _steps(options: Train, rows: int) -> int:
     """Return the number of optimiser steps of the whole run."""
     if options.max_steps is not None:
-        return options.max_steps
-    batches = math.ceil(rows / (options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
-    return math.ceil(options.epochs * max(1, math.ceil(batches / options.accumulate)))
+        return int(options.max_steps)
+    together: int = options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    updates: int = math.ceil(math.ceil(rows / together) / options.accumulate)
+    return math.ceil(float(options.epochs) * updates)
 
 
 def _arguments(options: Train, task: Task, here: Run, steps: int, *, evaluated: bool) -> TrainingArguments:
@@ -147,9 +157,13 @@ def _arguments(options: Train, task: Task, here: Run, steps: int, *, evaluated: 
     known = {f.name for f in fields(TrainingArguments) if f.init}
     for name in options.trainer:
         if name not in known:
-            raise UserError(f"--trainer.{name} is not an argument of transformers.TrainingArguments{did_you_mean(name, known)}")
+            raise UserError(
+                f"--trainer.{name} is not an argument of transformers.TrainingArguments{did_you_mean(name, known)}"
+            )
     with told_as("the training options"):
-        return arguments(str(here.checkpoints), options.eval_batch_size, options.precision, **(chosen | options.trainer))
+        return arguments(
+            str(here.checkpoints), options.eval_batch_size, options.precision, **(chosen | options.trainer)
+        )
 
 
 def _counts(model: Any) -> dict[str, float]:
@@ -162,7 +176,8 @@ def _announce(options: Train, model: Any, rows: list[Dataset], steps: int) -> No
     if is_main_process():
         counts = _counts(model)
         print(
-            f"{options.method.name}: trains {counts['trainable']:,} of {counts['total']:,} parameters ({counts['percent']:.4g} %);"
+            f"{options.method.name}: trains {counts['trainable']:,} of {counts['total']:,} parameters"
+            f" ({counts['percent']:.4g} %);"
             f" {' + '.join(f'{len(part):,}' for part in rows)} rows, {steps:,} steps, learning rate {options.learning_rate:g}",
             file=sys.stderr,
         )
@@ -196,6 +211,8 @@ def _save(here: Run, task: Task, trainer: TaskTrainer, evaluation: dict[str, flo
         draw_curves(state.log_history, task.metric[0], path)
     here.write_options(here.folder / "config.yaml")
     write_json(here.folder / "metrics.json", report)
-    shutil.rmtree(here.folder / ("adapter" if whole else "model"), ignore_errors=True)  # of an overwritten run
+    shutil.rmtree(
+        here.folder / ("adapter" if whole else "model"), ignore_errors=True
+    )  # of an overwritten run
     shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
     print(f"{shown or 'no evaluation'}\n{place}  ({weights / 1e6:.2f} MB)")

@@ -46,6 +46,7 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
     """W'[token] = delta[i]; see the top of this file."""
 
     config = TrainableTokensConfig
+    saves_embedding = False
 
     def follows_tying(self, config: TrainableTokensConfig) -> bool:
         return True

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from datasets import Dataset
-    from transformers import EvalPrediction
 
     from ..engine import Engine
 
@@ -61,7 +60,8 @@ class Task(ABC):
     def accepted_layouts(self) -> list[Layout]:
         """Return the forms of data that this model was trained on; all, where that is not known."""
         known = self.settings.inputs
-        return [layout for layout in self.layouts if not known or set(layout.inputs) <= set(known)]
+        fitting = [layout for layout in self.layouts if set(layout.inputs) <= set(known)]
+        return [Layout(tuple(known), layout.targets) for layout in fitting] or list(self.layouts)
 
     @property
     @abstractmethod
@@ -69,13 +69,14 @@ class Task(ABC):
         """The metric that chooses the best checkpoint, and whether more is better."""
 
     @classmethod
-    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> None:
-        """Complete the settings by what the training rows say, for example the names of the labels."""
+    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> Settings:
+        """Return the settings completed by what the training rows say, for example the names of the labels."""
+        return settings
 
     @staticmethod
-    def load_processor(*places: str) -> Any:
+    def load_processor(*places: str, revision: str | None = None) -> Any:
         """Return the tokenizer from the first place that has one, with something to pad with."""
-        return load_tokenizer(places)
+        return load_tokenizer(places, revision)
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the arguments for ``from_pretrained``."""
@@ -95,15 +96,15 @@ class Task(ABC):
         return first
 
     @abstractmethod
-    def measure(self, predictions: EvalPrediction) -> dict[str, float]:
-        """Return the metrics of a whole data set."""
+    def measure(self, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        """Return the metrics of a whole data set from what ``reduce`` gave, and the labels."""
 
     @abstractmethod
     def answer(self, engine: Engine, table: Table) -> Iterator[dict[str, Any]]:
         """Yield one JSON-able prediction per row, in order."""
 
 
-def load_tokenizer(places: Sequence[str]) -> Any:
+def load_tokenizer(places: Sequence[str], revision: str | None) -> Any:
     """Return the tokenizer from the first place that has one; it gets a padding token if it has none.
 
     Raises:
@@ -112,7 +113,8 @@ def load_tokenizer(places: Sequence[str]) -> Any:
     from transformers import AutoTokenizer
 
     with told_as(f"cannot load the tokenizer of {places[-1]}"):
-        tokenizer = AutoTokenizer.from_pretrained(first_with(places, "tokenizer_config.json", "tokenizer.json"))
+        place = first_with(places, "tokenizer_config.json", "tokenizer.json")
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -29,4 +29,8 @@ def entity_metrics(rows: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[
         ours, theirs = entities(predicted), entities(truth)
         hits, guessed, real = hits + len(ours & theirs), guessed + len(ours), real + len(theirs)
     precision, recall = hits / guessed if guessed else 0.0, hits / real if real else 0.0
-    return {"f1": 2 * hits / (guessed + real) if guessed + real else 0.0, "precision": precision, "recall": recall}
+    return {
+        "f1": 2 * hits / (guessed + real) if guessed + real else 0.0,
+        "precision": precision,
+        "recall": recall,
+    }

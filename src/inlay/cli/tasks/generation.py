@@ -10,7 +10,9 @@ import torch
 from ..engine import Engine
 
 
-def generate_texts(engine: Engine, tokenizer: Any, prompts: Sequence[Sequence[int]], side: str) -> Iterator[str]:
+def generate_texts(
+    engine: Engine, tokenizer: Any, prompts: Sequence[Sequence[int]], side: str
+) -> Iterator[str]:
     """Yield the generated text for each prompt, in order.
 
     Args:
@@ -33,7 +35,9 @@ def generate_texts(engine: Engine, tokenizer: Any, prompts: Sequence[Sequence[in
                 do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         new = written[:, ids.shape[1] :] if side == "left" else written
-        ends = tokenizer.eos_token_id is not None  # without an end there is no padding, and any token may be text
+        ends = (
+            tokenizer.eos_token_id is not None
+        )  # without an end there is no padding, and any token may be text
         yield from (text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=ends))
 
 

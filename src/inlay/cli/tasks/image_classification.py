@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, Image, Value
-from transformers import AutoImageProcessor, EvalPrediction
+from transformers import AutoImageProcessor
 
 from ..data import Layout, Table
 from ..engine import Engine
@@ -29,15 +30,20 @@ class TheTask(Task):
         return "accuracy", True
 
     @classmethod
-    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> None:
+    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> Settings:
         settings.labels = label_names(table["label"], config)
         if len(settings.labels) < 2:
-            raise UserError(f"{table.source.name}: all rows have the label {str(settings.labels[0])!r}; two classes are needed")
+            raise UserError(
+                f"{table.source.name}: all rows have the label {str(settings.labels[0])!r}; two classes are needed"
+            )
+        return settings
 
     @staticmethod
-    def load_processor(*places: str) -> Any:
+    def load_processor(*places: str, revision: str | None = None) -> Any:
         with told_as(f"cannot load the image processor of {places[-1]}"):
-            return AutoImageProcessor.from_pretrained(first_with(places, "preprocessor_config.json"))
+            return AutoImageProcessor.from_pretrained(
+                first_with(places, "preprocessor_config.json"), revision=revision
+            )
 
     def model_arguments(self) -> dict[str, Any]:
         return label_arguments(self.settings.labels)
@@ -52,13 +58,15 @@ class TheTask(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        batch = dict(self.processor([row["pixel_values"].convert("RGB") for row in rows], return_tensors="pt"))
+        batch = dict(
+            self.processor([row["pixel_values"].convert("RGB") for row in rows], return_tensors="pt")
+        )
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
 
-    def measure(self, predictions: EvalPrediction) -> dict[str, float]:
-        return class_metrics(predictions.predictions.argmax(-1), predictions.label_ids)
+    def measure(self, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        return class_metrics(predicted.argmax(-1), truth)
 
     def answer(self, engine: Engine, table: Table) -> Iterator[dict[str, Any]]:
         yield from class_answers(engine.predict(self.encode(table)).predictions, self.settings.labels)

@@ -37,7 +37,9 @@ def number_of(value: Label, numbers: dict[str, int], table: Table, index: int) -
     if str(value) not in numbers:
         known = list(numbers)
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise UserError(f"{table.at(index)}: unknown label {str(value)!r}{did_you_mean(str(value), known)} (known: {shown})")
+        raise UserError(
+            f"{table.at(index)}: unknown label {str(value)!r}{did_you_mean(str(value), known)} (known: {shown})"
+        )
     return numbers[str(value)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, EvalPrediction
+from transformers import DataCollatorForSeq2Seq
 
 from ..data import Layout, Table
 from ..engine import Engine
@@ -15,6 +15,7 @@ from .generation import generate_texts
 from .perplexity import perplexity, token_losses
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -44,10 +45,12 @@ class TheTask(Task):
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         return token_losses(super().reduce(logits, labels), labels)
 
-    def measure(self, predictions: EvalPrediction) -> dict[str, float]:
-        return perplexity(predictions.predictions)
+    def measure(self, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        return perplexity(predicted)
 
     def answer(self, engine: Engine, table: Table) -> Iterator[dict[str, Any]]:
-        prompts = self.processor(table["prompt"], truncation=True, max_length=self.settings.max_length)["input_ids"]
+        prompts = self.processor(table["prompt"], truncation=True, max_length=self.settings.max_length)[
+            "input_ids"
+        ]
         for text in generate_texts(engine, self.processor, prompts, side="right"):
             yield {"generated": text}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import DataCollatorWithPadding
 
 from ..data import Layout, Table
 from ..engine import Engine
@@ -28,16 +29,21 @@ class TheTask(Task):
         return ("rmse", False) if self.settings.regression else ("accuracy", True)
 
     @classmethod
-    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> None:
+    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> Settings:
         labels = table["label"]
-        guessed = all(_is_number(label) for label in labels) and any(not float(label).is_integer() for label in labels)
+        guessed = all(_is_number(label) for label in labels) and any(
+            not float(label).is_integer() for label in labels
+        )
         settings.regression = guessed if options.regression is None else options.regression
         if settings.regression:
             _numbers(table)
         else:
             settings.labels = label_names(labels, config)
             if len(settings.labels) < 2:
-                raise UserError(f"{table.source.name}: all rows have the label {str(settings.labels[0])!r}; two classes are needed")
+                raise UserError(
+                    f"{table.source.name}: all rows have the label {str(settings.labels[0])!r}; two classes are needed"
+                )
+        return settings
 
     def model_arguments(self) -> dict[str, Any]:
         if self.settings.regression:
@@ -46,20 +52,24 @@ class TheTask(Task):
 
     def encode(self, table: Table) -> Dataset:
         pair = (table["text2"],) if "text2" in table else ()
-        if "text2" in self.settings.inputs and not pair:
-            raise UserError(f"{table.source.name}: no column {self.settings.columns.text2!r}, but the model was trained on pairs")
-        columns = dict(self.processor(table["text"], *pair, truncation=True, max_length=self.settings.max_length))
+        columns = dict(
+            self.processor(table["text"], *pair, truncation=True, max_length=self.settings.max_length)
+        )
         if "label" in table:
-            columns["labels"] = _numbers(table) if self.settings.regression else label_ids(table, "label", self.settings.labels)
+            columns["labels"] = (
+                _numbers(table)
+                if self.settings.regression
+                else label_ids(table, "label", self.settings.labels)
+            )
         return Dataset.from_dict(columns)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return dict(DataCollatorWithPadding(self.processor)(list(rows)))
 
-    def measure(self, predictions: EvalPrediction) -> dict[str, float]:
+    def measure(self, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         if self.settings.regression:
-            return number_metrics(predictions.predictions.reshape(-1), predictions.label_ids.reshape(-1))
-        return class_metrics(predictions.predictions.argmax(-1), predictions.label_ids)
+            return number_metrics(predicted.reshape(-1), truth.reshape(-1))
+        return class_metrics(predicted.argmax(-1), truth)
 
     def answer(self, engine: Engine, table: Table) -> Iterator[dict[str, Any]]:
         logits = engine.predict(self.encode(table)).predictions
@@ -87,5 +97,7 @@ def _is_number(label: Any) -> bool:
 def _numbers(table: Table) -> list[float]:
     wrong = next((index for index, label in enumerate(table["label"]) if not _is_number(label)), None)
     if wrong is not None:
-        raise UserError(f"{table.at(wrong)}: label {table['label'][wrong]!r} is not a number, as regression needs")
+        raise UserError(
+            f"{table.at(wrong)}: label {table['label'][wrong]!r} is not a number, as regression needs"
+        )
     return [float(label) for label in table["label"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorForTokenClassification, EvalPrediction
+from transformers import DataCollatorForTokenClassification
 
 from ..data import Layout, Table
 from ..engine import Engine
@@ -35,30 +35,41 @@ class TheTask(Task):
         return any(str(name).startswith("B-") for name in self.settings.labels)
 
     @classmethod
-    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> None:
+    def settle(cls, settings: Settings, options: Train, table: Table, config: Any) -> Settings:
         settings.labels = label_names(chain.from_iterable(table["tags"]), config)
+        return settings
 
     @staticmethod
-    def load_processor(*places: str) -> Any:
-        tokenizer = Task.load_processor(*places)
+    def load_processor(*places: str, revision: str | None = None) -> Any:
+        tokenizer = Task.load_processor(*places, revision=revision)
         if not tokenizer.is_fast:
-            raise UserError(f"{places[-1]}: token-classification needs a fast tokenizer (tokenizer.json), which knows words from pieces")
-        if getattr(tokenizer, "add_prefix_space", None) is False:  # byte-level tokenizers want words with their blank
-            tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path, add_prefix_space=True)
+            raise UserError(
+                f"{places[-1]}: token-classification needs a fast tokenizer (tokenizer.json), which knows words from pieces"
+            )
+        if (
+            getattr(tokenizer, "add_prefix_space", None) is False
+        ):  # byte-level tokenizers want words with their blank
+            tokenizer = type(tokenizer).from_pretrained(
+                tokenizer.name_or_path, add_prefix_space=True, revision=revision
+            )
         return tokenizer
 
     def model_arguments(self) -> dict[str, Any]:
         return label_arguments(self.settings.labels)
 
     def encode(self, table: Table) -> Dataset:
-        pieces = self.processor(table["tokens"], is_split_into_words=True, truncation=True, max_length=self.settings.max_length)
+        pieces = self.processor(
+            table["tokens"], is_split_into_words=True, truncation=True, max_length=self.settings.max_length
+        )
         numbers = {str(name): index for index, name in enumerate(self.settings.labels)}
         labels = []
         for index, tokens in enumerate(table["tokens"]):
             tags = [0] * len(tokens)  # without targets, the place alone counts
             if "tags" in table:
                 if len(table["tags"][index]) != len(tokens):
-                    raise UserError(f"{table.at(index)}: {len(tokens)} tokens, but {len(table['tags'][index])} tags")
+                    raise UserError(
+                        f"{table.at(index)}: {len(tokens)} tokens, but {len(table['tags'][index])} tags"
+                    )
                 tags = [number_of(tag, numbers, table, index) for tag in table["tags"][index]]
             words = _first_pieces(pieces.word_ids(index))
             labels.append([IGNORED if word is None else tags[word] for word in words])
@@ -67,21 +78,24 @@ class TheTask(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return dict(DataCollatorForTokenClassification(self.processor)(list(rows)))
 
-    def measure(self, predictions: EvalPrediction) -> dict[str, float]:
-        read = predictions.label_ids != IGNORED
-        predicted = predictions.predictions.argmax(-1)
-        accuracy = class_metrics(predicted[read], predictions.label_ids[read])
+    def measure(self, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        read, chosen = truth != IGNORED, predicted.argmax(-1)
+        accuracy = class_metrics(chosen[read], truth[read])
         if not self._entities:
             return accuracy
         names = [str(name) for name in self.settings.labels]
-        rows = [([names[n] for n in row[r]], [names[n] for n in true[r]])
-                for row, true, r in zip(predicted, predictions.label_ids, read, strict=True)]  # fmt: skip
-        return entity_metrics(rows) | {"accuracy": accuracy["accuracy"]}
+        rows = zip(chosen, truth, read, strict=True)
+        tagged = (([names[n] for n in ours[r]], [names[n] for n in theirs[r]]) for ours, theirs, r in rows)
+        return entity_metrics(tagged) | {"accuracy": accuracy["accuracy"]}
 
     def answer(self, engine: Engine, table: Table) -> Iterator[dict[str, Any]]:
         result = engine.predict(self.encode(table))
-        pieces = self.processor(table["tokens"], is_split_into_words=True, truncation=True, max_length=self.settings.max_length)
-        unread = "O" if "O" in self.settings.labels else None  # beyond max_length, or a word without any piece
+        pieces = self.processor(
+            table["tokens"], is_split_into_words=True, truncation=True, max_length=self.settings.max_length
+        )
+        unread = (
+            "O" if "O" in self.settings.labels else None
+        )  # beyond max_length, or a word without any piece
         for index, tokens in enumerate(table["tokens"]):
             words = [word for word in _first_pieces(pieces.word_ids(index)) if word is not None]
             chosen = result.predictions[index].argmax(-1)[result.label_ids[index] != IGNORED]
