@@ -36,6 +36,7 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base model that an adapter was trained on, and the adapter onto it.

@@ -17,9 +17,7 @@ ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")
 """Names under which transformers keeps the head of a sequence or token classifier."""
 
-__FURTHER_TARGETS = {"vit": {"query", "value", "q_proj", "v_proj"}, "whisper": {"q_proj", "v_proj"}}
-"""Model types for which PEFT has no default."""
-DEFAULT_TARGETS: dict[str, str] = {
+_DEFAULT_TARGETS: dict[str, str] = {
     "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm "
     "gemma gemma2 gemma3_text qwen2 qwen3",
     "query value": "bert roberta xlm-roberta electra layoutlm",
