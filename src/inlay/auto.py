@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .config import HUB_ARGUMENTS, PeftConfig, TaskType
