@@ -1,0 +1,90 @@
+"""The package as it is installed: what importing costs, the console script, and that the README's commands are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import inlay
+
+README_COMMANDS = {
+    "make quickstart": "tests/test_quickstart.py::test_a_run_leaves_all_its_results",
+    "make test": ".ci/run",
+}
+"""Each command that the README shows, and what runs it (a test, or a file): a README that cannot go stale."""
+
+HEAVY = [
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "jsonargparse",
+]
+
+
+def test_importing_inlay_leaves_heavy_libraries_alone() -> None:
+    program = f"import sys, inlay; print([name for name in {HEAVY} if name in sys.modules])"
+    assert _output(sys.executable, "-c", program) == "[]"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    missing = [name for name in inlay.__all__ if not hasattr(inlay, name)]
+    assert missing == []
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert inlay.__version__ == version("inlay")
+
+
+def test_the_types_are_shipped() -> None:
+    assert (Path(inlay.__file__).parent / "py.typed").is_file()
+
+
+def test_the_console_script_answers() -> None:
+    (script,) = entry_points(group="console_scripts", name="inlay")
+    assert script.value == "inlay.cli.main:main"
+    script_file = Path(sys.executable).parent / "inlay"
+    told = _output(script_file, "--help")
+    for command in ("train", "evaluate", "predict", "merge", "inspect", "methods"):
+        assert command in told
+
+
+def test_every_command_in_the_readme_is_run_by_a_test(repository: Path) -> None:
+    shown = set(readme_commands((repository / "README.md").read_text(encoding="utf-8")))
+    assert shown == set(README_COMMANDS), "README.md and README_COMMANDS differ"
+
+
+@pytest.mark.parametrize("place", README_COMMANDS.values())
+def test_what_runs_a_command_of_the_readme_exists(place: str, repository: Path) -> None:
+    file, _, test = place.partition("::")
+    assert (
+        f"def {test}(" in (repository / file).read_text(encoding="utf-8")
+        if test
+        else (repository / file).is_file()
+    )
+
+
+def test_commands_are_found_in_bash_blocks_only() -> None:
+    text = "```bash\n# a comment\nmake   test\npip install -e . \\\n  --quiet  # why\n```\n\n```python\nnot_a_command()\n```\n"
+    assert readme_commands(text) == ["make test", "pip install -e . --quiet"]
+
+
+def readme_commands(markdown: str) -> list[str]:
+    """Return the commands in fenced bash blocks, without comments and with single spaces."""
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = (shlex.join(shlex.split(line, comments=True)) for line in lines)
+    return [command for command in commands if command]
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
