@@ -86,6 +86,7 @@ def arguments(folder: str, batch_size: int, precision: str, **more: Any) -> Trai
         "disable_tqdm": True,
         "label_names": ["labels"],
         "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else processes of torchrun do not find each other
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return TrainingArguments(**(common | more))

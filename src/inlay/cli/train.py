@@ -66,7 +66,7 @@ def _limits_told(here: Run) -> Iterator[None]:
             "out of memory: try a smaller --batch-size with --accumulate, or --gradient-checkpointing"
         ) from error
     except (RuntimeError, SafetensorError) as error:
-        if "PytorchStreamWriter" not in str(error) and "No space left" not in str(error):
+        if "inline_container" not in str(error) and "No space left" not in str(error):  # torch.save, safetensors
             raise
         raise UserError(
             f"no space left for checkpoints in {here.checkpoints}; make some and go on with --resume"
