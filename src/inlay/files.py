@@ -32,6 +32,11 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def adapter_folder(folder: str | os.PathLike[str], name: str) -> Path:
+    """Return where in a saved model's folder an adapter is: "default" in the folder itself, others in one of their name."""
+    return Path(folder) if name == "default" else Path(folder) / name
+
+
 def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write(path)`` for a temporary file beside the target and move it there: a killed process leaves old or new."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

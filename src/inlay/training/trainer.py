@@ -4,7 +4,10 @@ The Trainer asks ``isinstance(model, PeftModel)`` in order to save adapters inst
 the best one, and to find the label names of the base model. Without an answer it would write the frozen base model into every
 checkpoint. There is no hook for other libraries, so the names it asks by are changed when a ``PeftModel`` is made, or when the
 Trainer is imported after that: the function ``_is_peft_model`` wherever transformers holds it, and ``PeftModel`` in the Trainer's
-module, which becomes a tuple of classes. No method of the Trainer is replaced, and PEFT's own models are recognised as before.
+module, which becomes a tuple of classes. PEFT's own models are recognised as before.
+
+Loading is not left to the Trainer: it would put the adapter "default" into whichever is active, and activate one where several
+were, so a resumed run would be another one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import PeftWarning
+from ..files import adapter_folder
 
 TRAINER = "transformers.trainer"
 
@@ -52,6 +56,35 @@ def _teach(trainer: Any, model_class: type) -> None:
             vars(module)["_is_peft_model"] = is_peft_model
     trainer.PeftModel = (model_class, *known)
     trainer.is_peft_available = lambda *args, **kwargs: True  # or it would not look at PeftModel
+    _load_own_adapters(trainer.Trainer, model_class)
+
+
+def _load_own_adapters(trainer_class: Any, model_class: type) -> None:
+    load_from_checkpoint, load_best_model = (
+        trainer_class._load_from_checkpoint,
+        trainer_class._load_best_model,
+    )
+
+    def loaded(trainer: Any, folder: str) -> bool:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        if not recognised(model) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return False
+        for name in model.peft_config:
+            model.load_adapter(adapter_folder(folder, name), name)
+        return True
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not loaded(self, resume_from_checkpoint):
+            load_from_checkpoint(self, resume_from_checkpoint, model)
+
+    def _load_best_model(self: Any) -> None:
+        if not loaded(self, self.state.best_model_checkpoint):
+            load_best_model(self)
+
+    trainer_class._load_from_checkpoint, trainer_class._load_best_model = (
+        _load_from_checkpoint,
+        _load_best_model,
+    )
 
 
 class _TrainerImport(importlib.abc.MetaPathFinder):
