@@ -217,5 +217,9 @@ class PeftModel(SavedModel):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn on the base model's gradient checkpointing, and let gradients reach adapters below frozen layers."""
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
-        let_gradients_through_inputs(self.get_base_model())
+        base: Any = self.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", None)  # its name in transformers 5
+        (enable or base.gradient_checkpointing_enable)(*args, **kwargs)
+        let_gradients_through_inputs(base)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable

@@ -14,7 +14,7 @@ from torch import nn
 from . import hub
 from .checkpoint import IncompatibleKeys, SavedAdapter, get_peft_model_state_dict, load_peft_weights
 from .config import PeftConfig
-from .files import check_folder, write_tensors
+from .files import adapter_folder, check_folder, write_tensors
 from .targets import base_name
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SavedModel(nn.Module):
                 tensors, config = to_plain_lora(
                     tensors, config, load_peft_weights(path_initial_model_for_weight_conversion)
                 )
-            target = folder if name == "default" else folder / name
+            target = adapter_folder(folder, name)
             target.mkdir(parents=True, exist_ok=True)
             write_tensors(target, tensors, safe_serialization)
             config.save_pretrained(target)
