@@ -215,11 +215,17 @@ class PeftModel(SavedModel):
 
     # ------------------------------------------------------------------ gradient checkpointing
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Turn on the base model's gradient checkpointing, and let gradients reach adapters below frozen layers."""
         base: Any = self.get_base_model()
-        enable = getattr(base, "activation_checkpointing_enable", None)  # its name in transformers 5
-        (enable or base.gradient_checkpointing_enable)(*args, **kwargs)
+        name = "activation_checkpointing_enable"  # in transformers 5
+        enable = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
+        enable(gradient_checkpointing_kwargs, **kwargs)
         let_gradients_through_inputs(base)
 
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn on gradient checkpointing by the name that transformers 5 gives it."""
+        cast("Any", self.get_base_model()).activation_checkpointing_enable(*args, **kwargs)
+        let_gradients_through_inputs(self.get_base_model())
