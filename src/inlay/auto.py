@@ -89,12 +89,13 @@ class AutoPeftModel:
             )
         recorded = (saved.auto_mapping or {}).get("base_model_class")
         name = cls.auto_class or (AUTO_CLASS_OF[own] if own is not None else recorded)
-        if name is None or not hasattr(transformers, name):
+        base_class = getattr(transformers, str(name), None)
+        if not hasattr(base_class, "from_pretrained"):
             raise ValueError(
                 f"the adapter names no task and the base class {name!r}, which transformers does "
                 "not have; use a task's own AutoPeftModelFor..."
             )
-        return getattr(transformers, name)
+        return base_class
 
 
 def _make_room_for_tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import AdapterFileError
@@ -38,20 +39,29 @@ def adapter_folder(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write(path)`` for a temporary file beside the target and move it there: a killed process leaves old or new."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    path = Path(name)
+    """Call ``write(path)`` for a temporary file beside the target and move it there: a killed process leaves old or new.
+
+    Raises:
+        OSError: it could not be written, for example for lack of space or permission; what was there before is unchanged.
+    """
+    path: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        path = Path(name)
         write(path)
         umask = os.umask(0)
         os.umask(umask)
         path.chmod(0o666 & ~umask)
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
         path.replace(target)
-    except BaseException:
-        path.unlink(missing_ok=True)
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # with the same errno, and so of the same class
+            reason = error.strerror or _first_line(error)
+            raise OSError(error.errno, f"{target} could not be written and is as it was: {reason}") from error
         raise
 
 
@@ -64,12 +74,14 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], safe_serialization: 
         if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
             plain[key] = value.clone()
         seen.add(storage.data_ptr())
+    # Made in memory first: where a disk is full, Python's own error says so, and those of the two libraries do not.
     if safe_serialization:
-        write_atomically(
-            folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(plain, path, metadata={"format": "pt"})
-        )
+        target, content = folder / SAFETENSORS_WEIGHTS_NAME, save(plain, metadata={"format": "pt"})
     else:
-        write_atomically(folder / WEIGHTS_NAME, lambda path: torch.save(plain, path))
+        buffer = io.BytesIO()
+        torch.save(plain, buffer)
+        target, content = folder / WEIGHTS_NAME, buffer.getvalue()
+    write_atomically(target, lambda path: path.write_bytes(content))
 
 
 def locate(model_id: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -17,7 +17,7 @@ from .layer import AdaptedLayer
 from .method import Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .switch import Switch
-from .targets import ALL_LINEAR, find_targets, linear_paths, matches
+from .targets import ALL_LINEAR, find_targets, linear_paths, matches, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
 from .walk import Place, adapted_layers, places
@@ -96,6 +96,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
         raise ValueError(
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
+    warn_of_unused_patterns([_parameter_path(place, param) for place, param in layers], config)
     method = method_by_name(config.method_name())()
     check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
     return Plan(method, _with_out_projections(known, layers), saved, tokens, tied)
@@ -107,6 +108,11 @@ def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable
         for param, value in place.module._parameters.items():
             if value is not None and matches(f"{path}.{param}", names):
                 yield place, param
+
+
+def _parameter_path(place: Place, param: str) -> str:
+    """Return the name by which ``rank_pattern`` knows a target: the module's path, or that of another parameter."""
+    return place.path if param == "weight" else f"{place.path}.{param}"
 
 
 def _with_out_projections(
@@ -170,7 +176,7 @@ def inject(
     initialise = initialise or chosen.method.changes_base(config)
     try:
         for place, param in chosen.layers:
-            path = place.path if param == "weight" else f"{place.path}.{param}"
+            path = _parameter_path(place, param)
             slots.append(_wrap(place, param, switch).add(name, chosen.method, config, path))
             if chosen.method.follows_tying(config):
                 slots += _twins(

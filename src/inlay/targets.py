@@ -128,6 +128,23 @@ def _endings(path: str) -> Iterator[str]:
         yield path
 
 
+def warn_of_unused_patterns(paths: Collection[str], config: Any) -> None:
+    """Warn of keys of ``rank_pattern`` and ``alpha_pattern`` that no target matches."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field, None) or {}
+        if unused := [key for key in patterns if not any(pattern_matches(key, path) for path in paths)]:
+            warnings.warn(
+                f"no adapted module matches {field} entries {unused}{_suggestion(unused, paths)}",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether a key of ``rank_pattern`` is a path or an ending of it, as a name or an expression."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def linear_paths(model: nn.Module, task_type: Any = None) -> list[str]:
     """Return the paths of all linear layers but the output layer (for "all-linear")."""
     heads = _output_layers(model, task_type)
@@ -167,12 +184,12 @@ def _suggestion(targets: Any, paths: Iterable[str]) -> str:
         {path.rsplit(".", 1)[-1] for path in paths if path and not path.rsplit(".", 1)[-1].isdigit()}
     )
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
-    near = sorted(
-        {
+    near = list(
+        dict.fromkeys(
             match
             for t in wanted
             for match in difflib.get_close_matches(t.rsplit(".", 1)[-1], known, n=2, cutoff=0.6)
-        }
+        )
     )
     if near:
         return f"; did you mean {near}?"

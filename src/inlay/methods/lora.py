@@ -13,7 +13,6 @@ Authors' code: https://github.com/microsoft/LoRA
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is
 from ..kernels.lora_linear import lora_linear
 from ..kinds import LayerKind, Linear
 from ..method import Column, Method, Slot
+from ..targets import pattern_matches
 
 
 @dataclass
@@ -279,4 +279,4 @@ def scale_of(alpha: float, r: int, config: Any) -> float:
 
 def by_pattern(patterns: dict[str, int], path: str, default: int) -> int:
     """Return the value of the first key that is the module's path or an ending of it, as a name or expression."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if pattern_matches(key, path)), default)
