@@ -382,7 +382,7 @@ class Experts(LayerKind):
 def uninitialised(cls: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
     """Return a module whose parameters have memory but no values yet: a method's ``init`` gives them theirs."""
     silent = type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
-    module = silent(*args, **kwargs)
+    module: ModuleT = silent(*args, **kwargs)
     module.__class__ = cls
     return module
 
