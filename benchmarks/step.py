@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -221,10 +221,11 @@ def setting(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
-def report(arguments: argparse.Namespace) -> str:
+def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
+    """The report, each part as soon as it is measured."""
     clock = CLOCKS[arguments.clock]
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    lines = [f"# Cost of a step, {arguments.date}", "", *setting(arguments)]
+    yield [f"# Cost of a step, {arguments.date}", "", *setting(arguments)]
     for label in arguments.dtypes:
         found = variants(DTYPES[label], arguments.layers)
         taken = measure(
@@ -235,9 +236,8 @@ def report(arguments: argparse.Namespace) -> str:
         for name, variant in found.items():
             variant.milliseconds = taken[name]
             variant.flops, variant.saved = flops(variant.model, tokens), saved_bytes(variant.model, tokens)
-        lines += ["", f"## {label}", "", *step_table(found), "", *inference_table(found, tokens, arguments)]
-    lines += ["", "## Import", "", *import_table(arguments.clock)]
-    return "\n".join(lines) + "\n"
+        yield ["", f"## {label}", "", *step_table(found), "", *inference_table(found, tokens, arguments)]
+    yield ["", "## Import", "", *import_table(arguments.clock)]
 
 
 def main() -> None:
@@ -257,11 +257,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    text = report(arguments)
     path = arguments.report or Path(__file__).parent / "reports" / f"{arguments.date}-step.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(text)
+    with path.open("w") as file:
+        for lines in sections(arguments):
+            for target in (file, sys.stdout):
+                print("\n".join(lines), file=target, flush=True)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def _set_environment(endpoint: str, home: str) -> None:
     os.environ.update(
         HF_ENDPOINT=endpoint, HF_HOME=home, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_PROGRESS_BARS="1"
     )
+    os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 
 
 class _Handler(BaseHTTPRequestHandler):

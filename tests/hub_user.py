@@ -92,9 +92,9 @@ def save_without_network(folder: str) -> None:
 
 
 def push(repository: str, base: str | None = "user/base", **kwargs: Any) -> tuple[str, str]:
-    """Push an adapter; return the address and the hash of the commit."""
+    """Push an adapter; return the commit's address and its hash."""
     commit: Any = adapter(base=base).push_to_hub(repository, **kwargs)
-    return str(commit), commit.oid
+    return commit.commit_url, commit.oid
 
 
 def load_auto(repository: str, **kwargs: Any) -> tuple[str, list[float]]:

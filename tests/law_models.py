@@ -43,7 +43,9 @@ class Padded(Only):
     def forward(self, x: Tensor) -> Tensor:
         padding = torch.zeros(x.shape[:2], dtype=torch.bool)
         padding[0, -1] = True
-        with warnings.catch_warnings():  # PyTorch's own encoder warns that nested tensors are in prototype stage
+        with (
+            warnings.catch_warnings()
+        ):  # PyTorch's own encoder warns that nested tensors are in prototype stage
             warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
             y: Tensor = self.layer(x, src_key_padding_mask=padding)
         return y.masked_fill(padding.unsqueeze(-1), 0.0)
@@ -80,7 +82,13 @@ def _encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
 
 
-FLOATS, GRID, IMAGE, VOLUME, IDS = (BATCH, 3, 6), (BATCH, 6, 9), (BATCH, 6, 7, 5), (BATCH, 6, 4, 3, 5), (BATCH, 7)
+FLOATS, GRID, IMAGE, VOLUME, IDS = (
+    (BATCH, 3, 6),
+    (BATCH, 6, 9),
+    (BATCH, 6, 7, 5),
+    (BATCH, 6, 4, 3, 5),
+    (BATCH, 7),
+)
 SEQUENCE = (BATCH, 3, 8)
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -90,14 +98,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: Only(nn.Conv1d(6, 4, 3)), GRID),
     "conv1d_same": (lambda: Only(nn.Conv1d(6, 4, 3, padding="same", dilation=2, bias=False)), GRID),
     "conv2d": (lambda: Only(nn.Conv2d(6, 4, (3, 2), padding=1)), IMAGE),
-    "conv2d_stride_dilation": (lambda: Only(nn.Conv2d(6, 4, 2, stride=(2, 1), dilation=(1, 2), padding=(1, 2))), IMAGE),
+    "conv2d_stride_dilation": (
+        lambda: Only(nn.Conv2d(6, 4, 2, stride=(2, 1), dilation=(1, 2), padding=(1, 2))),
+        IMAGE,
+    ),
     "conv2d_circular": (lambda: Only(nn.Conv2d(6, 4, 3, padding=(2, 1), padding_mode="circular")), IMAGE),
     "conv2d_reflect": (lambda: Only(nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect")), IMAGE),
     "conv2d_groups": (lambda: Only(nn.Conv2d(6, 8, 3, groups=2)), IMAGE),
     "conv3d": (lambda: Only(nn.Conv3d(6, 4, (2, 1, 3))), VOLUME),
     "embedding": (lambda: Only(nn.Embedding(ROWS, 5)), IDS),
     "embedding_padding": (lambda: Only(nn.Embedding(ROWS, 5, padding_idx=0)), IDS),
-    "embedding_gemma": (lambda: Only(Gemma3TextScaledWordEmbedding(ROWS, 5, padding_idx=0, embed_scale=5**0.5)), IDS),
+    "embedding_gemma": (
+        lambda: Only(Gemma3TextScaledWordEmbedding(ROWS, 5, padding_idx=0, embed_scale=5**0.5)),
+        IDS,
+    ),
     "embedding_bart": (lambda: Only(BartScaledWordEmbedding(ROWS, 5, padding_idx=0, embed_scale=3.0)), IDS),
     "mha": (lambda: Attending(nn.MultiheadAttention(8, 2)), SEQUENCE),
     "mha_batch_first": (lambda: Attending(nn.MultiheadAttention(8, 2, batch_first=True)), SEQUENCE),
@@ -135,7 +149,9 @@ def conv_delta(groups: int) -> Callable[[Tensor, Tensor], Tensor]:
 
     def delta(b: Tensor, a: Tensor) -> Tensor:
         ups, downs = b.flatten(1).chunk(groups), a.chunk(groups)
-        return torch.cat([torch.einsum("oj,ji...->oi...", up, down) for up, down in zip(ups, downs, strict=True)])
+        return torch.cat(
+            [torch.einsum("oj,ji...->oi...", up, down) for up, down in zip(ups, downs, strict=True)]
+        )
 
     return delta
 

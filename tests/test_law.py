@@ -9,28 +9,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from law_cases import (
-    DTYPES,
-    KINDS,
-    METHODS,
-    PAIR_IDS,
-    PAIRS,
-    REFUSED,
-    KindCase,
-    MethodCase,
-    adapted,
-    assert_close,
-    assert_unchanged,
-    exact_copy,
-    parameters_of,
-    reference,
-    snapshot,
-)
 from torch import Tensor
 
 from inlay import AdaptedLayer, PeftModel, get_peft_model
 from inlay.method import METHODS as REGISTERED
 from inlay.method import load_built_in
+from law_cases import DTYPES, KINDS, METHODS, PAIR_IDS, PAIRS, REFUSED, KindCase, MethodCase
+from law_checks import assert_close, assert_unchanged, snapshot
+from law_reference import adapted, exact_copy, parameters_of, reference
 
 each_pair = pytest.mark.parametrize(("method", "kind"), PAIRS, ids=PAIR_IDS)
 PATHS = ["fastest", "activations", "merged_on_the_fly", "merged_in_place"]
@@ -42,7 +28,9 @@ def short(value: object) -> str:
 
 def worth_a_test(method: MethodCase, kind: KindCase, dtype: torch.dtype, path: str) -> bool:
     """Leave out what cannot differ from its neighbours."""
-    if path == "activations" and not kind.name.startswith(("linear", "gpt2", "encoder_layer")):  # nothing is fused there
+    if path == "activations" and not kind.name.startswith(
+        ("linear", "gpt2", "encoder_layer")
+    ):  # nothing is fused there
         return False
     return dtype != torch.float16 or path in ("fastest", "merged_in_place")
 
@@ -80,7 +68,13 @@ def test_an_adapter_starts_as_the_identity(method: MethodCase, kind: KindCase, d
 
 @pytest.mark.parametrize(
     ("method", "kind", "dtype", "path"),
-    [(*pair, dtype, path) for pair in PAIRS for dtype in DTYPES for path in PATHS if worth_a_test(*pair, dtype, path)],
+    [
+        (*pair, dtype, path)
+        for pair in PAIRS
+        for dtype in DTYPES
+        for path in PATHS
+        if worth_a_test(*pair, dtype, path)
+    ],
     ids=short,
 )
 def test_every_path_is_the_merged_layer(
@@ -126,7 +120,9 @@ def test_only_the_adapter_is_trained(method: MethodCase, kind: KindCase) -> None
 
 
 @pytest.mark.parametrize(("method", "kind"), REFUSED, ids=[f"{m.name}-{k.name}" for m, k in REFUSED])
-def test_what_cannot_be_is_refused_in_one_line_and_leaves_the_model(method: MethodCase, kind: KindCase) -> None:
+def test_what_cannot_be_is_refused_in_one_line_and_leaves_the_model(
+    method: MethodCase, kind: KindCase
+) -> None:
     bare = kind.build()
     before = snapshot(bare)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
@@ -180,5 +176,3 @@ def test_dropout_drops_in_training_only_and_keeps_the_mean(method: MethodCase, k
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_() if x.is_floating_point() else x
-
-

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from law_cases import KINDS, METHODS, KindCase, MethodCase, adapted, add, assert_close, seeded, train
-from tiny_models import output_of, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model
+from law_cases import KINDS, METHODS, KindCase, MethodCase
+from law_checks import assert_close, seeded, train
+from law_reference import adapted, add
+from tiny_models import output_of, tiny, tiny_inputs
 
 BY_NAME = {method.name: method for method in METHODS}
 COMPILED = [
@@ -46,7 +48,10 @@ def assert_same_step(model: PeftModel, compiled: Any, x: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("method", "kind"), [pytest.param(*p, id="-".join(p), marks=[] if p in QUICK else pytest.mark.slow) for p in COMPILED])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [pytest.param(*p, id="-".join(p), marks=[] if p in QUICK else pytest.mark.slow) for p in COMPILED],
+)
 def test_compiled_as_one_graph(method: str, kind: str) -> None:
     case, layer = BY_NAME[method], next(k for k in KINDS if k.name == kind)
     model, x = adapted(case, layer), layer.inputs()
@@ -71,7 +76,9 @@ def test_compiled_as_one_graph(method: str, kind: str) -> None:
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
 def test_a_compiled_language_model_trains(settings: dict[str, Any]) -> None:
     with seeded():
-        model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
+        model = get_peft_model(
+            tiny("llama"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+        )
     train(model, "default")
     inputs = tiny_inputs("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -82,10 +89,15 @@ def test_a_compiled_language_model_trains(settings: dict[str, Any]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_no_bias", "gpt2_conv1d", "conv2d", "conv2d_groups", "embedding", "mha", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "linear_no_bias", "gpt2_conv1d", "conv2d", "conv2d_groups", "embedding", "mha", "experts"],
+)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_autocast_casts_as_it_does_without_an_adapter(method: MethodCase, name: str, base: torch.dtype) -> None:
+def test_autocast_casts_as_it_does_without_an_adapter(
+    method: MethodCase, name: str, base: torch.dtype
+) -> None:
     kind = next(k for k in KINDS if k.name == name)
     if not method.applies(kind):
         pytest.skip(f"{method.name} does not adapt {name}")
@@ -104,21 +116,32 @@ def test_autocast_casts_as_it_does_without_an_adapter(method: MethodCase, name: 
         assert_close(g, w, torch.bfloat16, f"gradient of {key}")
 
 
+def enable_checkpointing(base: Any, use_reentrant: bool) -> None:
+    """Call what transformers has for it; version 5 warns at the old name."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False], ids=["enabled_before", "enabled_after"])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
-def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, before: bool, settings: dict[str, Any]) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    use_reentrant: bool, before: bool, settings: dict[str, Any]
+) -> None:
     inputs = tiny_inputs("llama")
     found = []
     for checkpointing in (False, True):
         base = tiny("llama")
-        arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
         if checkpointing and before:
-            base.gradient_checkpointing_enable(**arguments)
+            enable_checkpointing(base, use_reentrant)
         with seeded():
-            model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)).train()
+            model = get_peft_model(
+                base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+            ).train()
         if checkpointing and not before:
-            model.gradient_checkpointing_enable(**arguments)
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            )
         train(model, "default")
         with seeded():
             model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
@@ -128,7 +151,9 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, before: boo
         assert_close(found[1][key], g, torch.float32, f"gradient of {key}")
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], next(k for k in KINDS if k.name == "conv2d")], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], next(k for k in KINDS if k.name == "conv2d")], ids=lambda kind: kind.name
+)
 @pytest.mark.parametrize("method", METHODS[:4], ids=lambda method: method.name)
 def test_threads_do_not_see_each_other(method: MethodCase, kind: KindCase) -> None:
     model, x = adapted(method, kind), kind.inputs()
@@ -206,3 +231,66 @@ def test_a_mixed_batch_cannot_be_checkpointed_in_training() -> None:
     model.train()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(**tiny_inputs("llama"), adapter_names=["default"] * 3)
+
+
+class Doubling(nn.Linear):
+    """A linear layer that does more than its product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+def test_hooks_of_the_base_layer_still_run(settings: dict[str, Any]) -> None:
+    base = nn.Sequential(nn.Linear(4, 4))
+    base[0].register_forward_hook(lambda module, args, y: y + 1.0)
+    wanted = base(torch.ones(2, 4))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], **settings))
+    assert_close(model(torch.ones(2, 4)), wanted, torch.float32)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    base = nn.Sequential(Doubling(4, 4))
+    wanted = base(torch.ones(2, 4))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    assert_close(model(torch.ones(2, 4)), wanted, torch.float32)
+    model.merge_adapter()
+    assert_close(model(torch.ones(2, 4)), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+def test_values_changed_in_place_are_seen_at_once(settings: dict[str, Any]) -> None:
+    """What DoRA keeps between eval calls must not outlive the values it was made from."""
+    with seeded():
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"], **settings)
+        ).eval()
+    x = torch.ones(2, 4)
+    layer: Any = model.base_model.model[0]
+
+    def check() -> None:
+        with torch.no_grad():
+            got = model(x)
+            model.merge_adapter()
+            assert_close(got, model(x), torch.float32)
+            model.unmerge_adapter()
+
+    check()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    check()
+    layer.lora_B["default"].weight.data = torch.randn(4, 2)
+    check()
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(3.0)
+    check()
+    model.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()})
+    check()
+    layer.set_scale("default", 3.0)
+    check()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    check()
+    model.to(torch.float64).to(torch.float32)
+    check()

@@ -7,24 +7,13 @@ import time
 
 import pytest
 import torch
-from law_cases import (
-    KINDS,
-    METHODS,
-    PAIR_IDS,
-    PAIRS,
-    KindCase,
-    MethodCase,
-    adapted,
-    add,
-    assert_close,
-    exact_copy,
-    parameters_of,
-    reference,
-)
-from law_models import BATCH, Attending
 from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model
+from law_cases import KINDS, METHODS, PAIR_IDS, PAIRS, KindCase, MethodCase
+from law_checks import assert_close
+from law_models import BATCH, Attending
+from law_reference import adapted, add, exact_copy, parameters_of, reference
 
 each_pair = pytest.mark.parametrize(("method", "kind"), PAIRS, ids=PAIR_IDS)
 STACKS = [
@@ -33,7 +22,11 @@ STACKS = [
     for kind in KINDS
     if first.applies(kind) and second.applies(kind) and first.can_name(kind) and second.can_name(kind)
 ]
-STACKS = [stack for stack in STACKS if not {"rslora", "lora_bias"} & {stack[0].name, stack[1].name} or stack[2] is KINDS[0]]
+STACKS = [
+    stack
+    for stack in STACKS
+    if not {"rslora", "lora_bias"} & {stack[0].name, stack[1].name} or stack[2] is KINDS[0]
+]
 ROUTE = ["second", "__base__", "default", "second"]
 
 
@@ -41,14 +34,18 @@ def names_of(value: object) -> str:
     return value.name if isinstance(value, (MethodCase, KindCase)) else str(value)
 
 
-def two(first: MethodCase, second: MethodCase, kind: KindCase, dtype: torch.dtype = torch.float64) -> PeftModel:
+def two(
+    first: MethodCase, second: MethodCase, kind: KindCase, dtype: torch.dtype = torch.float64
+) -> PeftModel:
     model = adapted(first, kind, dtype)
     add(model, "second", second, kind)
     return model
 
 
 @pytest.mark.parametrize(("first", "second", "kind"), STACKS, ids=names_of)
-def test_a_stack_is_its_adapters_merged_in_order(first: MethodCase, second: MethodCase, kind: KindCase) -> None:
+def test_a_stack_is_its_adapters_merged_in_order(
+    first: MethodCase, second: MethodCase, kind: KindCase
+) -> None:
     x, model = kind.inputs(torch.float64), two(first, second, kind)
     x.requires_grad_(x.is_floating_point())
     by_name = {"default": first, "second": second}
@@ -78,7 +75,11 @@ def test_switching_is_exact(method: MethodCase, kind: KindCase) -> None:
     for name in ("default", "second"):
         model.set_adapter(name)
         outputs[name] = model(x)
-        trained = {key.split(".")[-1 if key.endswith(name) else -2] for key, p in model.named_parameters() if p.requires_grad}
+        trained = {
+            key.split(".")[-1 if key.endswith(name) else -2]
+            for key, p in model.named_parameters()
+            if p.requires_grad
+        }
         assert trained == {name}
     assert not torch.equal(*outputs.values())
     model.set_adapter("default")
@@ -119,7 +120,9 @@ def test_a_mixed_batch_is_its_samples_one_by_one(method: MethodCase, kind: KindC
         model.set_adapter(name)
         model.base_model.set_requires_grad(["default", "second"])
         alone = (model(x[rows]) * torch.arange(1.0, got.numel() + 1).reshape(got.shape)[rows]).sum()
-        for p, g, w in zip(parameters, gradients, torch.autograd.grad(alone, parameters, allow_unused=True), strict=True):
+        for p, g, w in zip(
+            parameters, gradients, torch.autograd.grad(alone, parameters, allow_unused=True), strict=True
+        ):
             if w is not None:
                 assert_close(g, w, torch.float64, f"gradient of a parameter of shape {tuple(p.shape)}")
     assert torch.equal(model(x, adapter_names=["__base__"] * BATCH), kind.build(torch.float64)(x))
@@ -143,7 +146,8 @@ def test_a_mixed_batch_never_ignores_a_layer_that_is_only_read() -> None:
     """``nn.MultiheadAttention`` reads the weight of its output projection and never calls it."""
     torch.manual_seed(0)
     model = get_peft_model(
-        Attending(nn.MultiheadAttention(8, 2, batch_first=True)), LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False)
+        Attending(nn.MultiheadAttention(8, 2, batch_first=True)),
+        LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False),
     )
     model.add_adapter("second", LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False))
     model.eval()
@@ -162,7 +166,7 @@ def test_mixed_batches_that_cannot_be_are_refused() -> None:
     model, x = two(method, method, kind, torch.float32), kind.inputs()
     with pytest.raises(ValueError, match="got 2 and 4"):
         model(x, adapter_names=["default", "second"])
-    with pytest.raises(ValueError, match="non-existing adapter.*: third"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: third"):
         model(x, adapter_names=["default", "second", "third", "default"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
@@ -182,14 +186,20 @@ def test_adapters_on_different_layers_act_together() -> None:
     x = torch.randn(3, 6)
     wanted = model(x)
     model.merge_adapter()
-    assert [layer.merged_adapters for layer in model.base_model.layers()] == [["first"], ["first", "second"], ["second"]]
+    assert [layer.merged_adapters for layer in model.base_model.layers()] == [
+        ["first"],
+        ["first", "second"],
+        ["second"],
+    ]
     assert_close(model(x), wanted, torch.float32)
     model.unmerge_adapter()
     model.delete_adapter("first")
     assert model.active_adapters == ["second"]
     assert type(model.get_base_model()[0]) is nn.Linear
     assert [key for key, p in model.named_parameters() if p.requires_grad] == [
-        f"base_model.model.{n}.{column}.second.weight" for n in (1, 2) for column in ("lora_A", "lora_B", "lora_magnitude_vector")
+        f"base_model.model.{n}.{column}.second.weight"
+        for n in (1, 2)
+        for column in ("lora_A", "lora_B", "lora_magnitude_vector")
     ]
 
 

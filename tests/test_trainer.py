@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -40,7 +41,7 @@ def classifier(seed: int = 0, name: str = "bert_classifier", **changes: Any) -> 
     return inlay.get_peft_model(tiny(name), config)
 
 
-def trainer(model: Any, rows: list[dict[str, Any]], folder: Path, **arguments: Any) -> tf.Trainer:
+def trainer(model: Any, rows: list[dict[str, Any]], folder: Path, **arguments: Any) -> Any:
     other = {
         k: arguments.pop(k) for k in ("callbacks", "compute_metrics", "processing_class") if k in arguments
     }
@@ -61,7 +62,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def losses(run: tf.Trainer) -> dict[int, float]:
+def losses(run: Any) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
 
 
@@ -162,19 +163,17 @@ def test_a_truncated_checkpoint_is_refused(rows: list[dict[str, Any]], tmp_path:
     assert same(before, values(model))
 
 
-@pytest.mark.parametrize("name", ["bert_classifier", "llama_classifier", "vit"])
+@pytest.mark.parametrize("name", ["bert_classifier", "vit"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(
     name: str, reentrant: bool, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     if name == "vit":
-        pictures = torch.stack([row["input_ids"] for row in rows]).float().repeat(1, 32).reshape(-1, 3, 8, 8) / 40
+        pictures = torch.stack([row["input_ids"] for row in rows]).repeat(1, 32).reshape(-1, 3, 8, 8) / 40
         rows = [{"pixel_values": p, "labels": row["labels"]} for p, row in zip(pictures, rows, strict=True)]
     trained = []
     for checkpointing in ({}, {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}):
         model = classifier(name=name)
-        if name.startswith("llama"):
-            model.config.pad_token_id = 0
         trainer(model, rows, tmp_path, save_strategy="no", max_steps=2, **checkpointing).train()
         trained.append(values(model))
     assert same(*trained)
@@ -214,7 +213,7 @@ def test_save_model_writes_what_can_be_loaded(rows: list[dict[str, Any]], tmp_pa
         assert torch.equal(loaded(x).logits, model.eval()(x).logits)
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT asks by the old name
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6")  # PEFT asks by an old name
 def test_pefts_own_models_are_trained_as_before(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     classifier()  # the Trainer knows Inlay's models now
     model = peft.get_peft_model(tiny("bert_classifier"), peft.LoraConfig(task_type="SEQ_CLS", r=2))
@@ -240,7 +239,18 @@ def test_a_plain_model_is_saved_whole(rows: list[dict[str, Any]], tmp_path: Path
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
+def test_an_unknown_trainer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    future = types.ModuleType("transformers.trainer")
+    future.Trainer = type("Trainer", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers.trainer", future)
+    with pytest.warns(inlay.PeftWarning, match="this version of transformers is not known to Inlay"):
+        inlay.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(2, 2)), inlay.LoraConfig(target_modules=["0"])
+        )
+
+
+@pytest.mark.slow
 def test_with_and_without_peft_in_any_order_of_imports(tmp_path: Path) -> None:
-    command = [sys.executable, Path(__file__).with_name("trainer_imports.py"), tmp_path]
+    command = [sys.executable, str(Path(__file__).with_name("trainer_imports.py")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,9 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
         torch.manual_seed(0)
         model = BUILDERS[name]()
         with torch.no_grad():
-            for p in model.parameters():  # transformers starts with numbers so small that a fault would not show
+            for (
+                p
+            ) in model.parameters():  # transformers starts with numbers so small that a fault would not show
                 if p.dim() > 1:
                     p.mul_(8.0 if p.std() < 0.05 else 1.0)
     return model.to(dtype).eval()

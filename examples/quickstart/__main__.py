@@ -48,7 +48,7 @@ class Size:
     batch_size: int
 
 
-FULL = Size({"train": 600, "dev": 80, "test": 200}, epochs=2, batch_size=32)
+FULL = Size({"train": 360, "dev": 80, "test": 200}, epochs=2, batch_size=32)
 QUICK = Size({"train": 16, "dev": 8, "test": 8}, epochs=1, batch_size=8)
 
 

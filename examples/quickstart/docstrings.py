@@ -35,7 +35,7 @@ _FOREIGN_FOLDER = re.compile(r"_?(tests?|testing|vendor(ed)?|externals?|extern|a
 
 # A sentence that names its library, or the usual short form of it, would give its label away.
 _LIBRARY_NAME = re.compile(
-    r"\w*(?:numpy|scipy|pandas|matplotlib|scikit|sklearn|sympy|networkx|torch|pyplot|pylab)\w*"
+    r"\w*(?:numpy|scipy|pandas|matplotlib|scikit|sklearn|sympy|networkx|torch|pyplot|pylab)[\w-]*"
     r"|(?<![a-z])(?:np|sp|pd|plt|mpl|nx)(?![a-z])",
     re.IGNORECASE,
 )
@@ -43,7 +43,7 @@ _MARKUP = re.compile(r":[a-z:+-]+:(?=`)|[`*]+|~(?=\w)|\[\d+\]_?")
 _NOT_PROSE = re.compile(r">>>|^\.\.|^[-=~^#+]{3,}|[{}<>\\|@$%=]|://|\s:\s|::", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _SENTENCE = re.compile(r"[A-Z][^\n]*[a-z)]\.")
-_MIN_WORDS, _MAX_WORDS = 8, 24
+_MIN_WORDS, _MAX_WORDS = 8, 20
 _MAX_PER_SOURCE = 6
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

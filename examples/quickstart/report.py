@@ -29,7 +29,8 @@ classes. Guessing would score {chance:.3f}.
 How to read this:
 
 - One run each, one seed. The standard error of an accuracy is about {error:.3f} here; smaller differences mean nothing.
-- The learning rates were chosen by hand on dev, from a few values each. With more epochs the rows may change places.
+- The learning rates are usual ones for each row, not found by a search. With others, or with more epochs, the rows may
+  change places.
 - The head reads the encoder's first token, as BERT's classifiers do. Only the adapter is saved of LoRA, the whole model
   of the others.
 - Seconds are for loading, training and the evaluations on dev, on {cores} CPU cores.

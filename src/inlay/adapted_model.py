@@ -342,7 +342,7 @@ def _check_bias(config: PeftConfig, present: dict[str, PeftConfig]) -> None:
         raise NotImplementedError(
             f"Requested bias: {mode}, is not implemented. Known: 'none', 'all', 'lora_only'."
         )
-    if present and any(getattr(c, "bias", "none") != "none" for c in (config, *present.values())):
+    if mode != "none" and any(getattr(c, "bias", "none") != "none" for c in present.values()):
         raise ValueError(
-            "only one adapter may train biases of the base model; set bias='none' for all adapters to have several"
+            "only one adapter may train biases of the base model; set bias='none' for the others"
         )

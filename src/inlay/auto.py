@@ -36,8 +36,8 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
-        subfolder: str | None = None,
         import_allowlist: Sequence[str] | None = None,
+        subfolder: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base model that an adapter was trained on, and the adapter onto it.

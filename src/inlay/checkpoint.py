@@ -24,7 +24,7 @@ from .errors import AdapterFileError, PeftWarning
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
-from .targets import model_config
+from .targets import embedding_ends, model_config
 from .walk import Place, places, unwrapped, wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -243,13 +243,8 @@ def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["a
     return found
 
 
-def _is_embedding(bare: Any, place: Place) -> bool:
-    ends = [
-        getattr(bare, get)()
-        for get in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(bare, get)
-    ]
-    return any(end is not None and unwrapped(end)[0] is place.module for end in ends)
+def _is_embedding(bare: nn.Module, place: Place) -> bool:
+    return any(end is not None and unwrapped(end)[0] is place.module for end in embedding_ends(bare))
 
 
 def _vocabulary_resized(bare: nn.Module, config: PeftConfig) -> bool:

@@ -10,7 +10,7 @@ Both follow the model's switch, so they are switched, disabled and routed togeth
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,11 +108,11 @@ class TrainableTokensWrapper(nn.Module):
             return getattr(super().__getattr__("token_adapter"), name)
 
 
-def find_saved(model: nn.Module, names: Sequence[str]) -> list[str]:
+def find_saved(paths: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the paths of modules that ``modules_to_save`` names, outermost only."""
     found: list[str] = []
-    for path, _ in model.named_modules():
+    for path in paths:
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if path and not inside and any(path == name or path.endswith(f".{name}") for name in names):
+        if not inside and any(path == name or path.endswith(f".{name}") for name in names):
             found.append(path)
     return found

@@ -77,7 +77,7 @@ def push(
         **kwargs: passed to ``save_pretrained``.
 
     Returns:
-        the address of the commit, as the client's ``CommitInfo``, which is a string that also knows the commit's hash.
+        what the client says of the commit: a ``CommitInfo``, which is a string and has ``commit_url`` and ``oid``.
     """
     from huggingface_hub import HfApi
 

@@ -12,15 +12,15 @@ from torch import nn
 from .config import PeftConfig
 from .errors import NoMatchingPeftModuleError
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
-from .kinds import kind_of, supported_layers
+from .kinds import Linear, kind_of, supported_layers
 from .layer import AdaptedLayer
 from .method import Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .switch import Switch
-from .targets import ALL_LINEAR, find_targets, linear_paths, matches, warn_of_unused_patterns
+from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
-from .walk import Place, adapted_layers, places
+from .walk import Place, adapted_layers, places, unwrapped
 
 
 @dataclass
@@ -43,10 +43,18 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
             model, not getattr(settled, "target_parameters", None)
         )
     elif settled.target_modules == ALL_LINEAR:
-        settled.target_modules = set(linear_paths(model, settled.task_type)) - set(
-            find_saved(model, getattr(settled, "modules_to_save", None) or ())
-        )
+        known = places(model)
+        saved = find_saved(known, getattr(settled, "modules_to_save", None) or ())
+        settled.target_modules = set(_linear_paths(model, known, settled.task_type)) - set(saved)
     return settled
+
+
+def _linear_paths(model: nn.Module, known: dict[str, Place], task_type: Any) -> Iterable[str]:
+    """Yield the paths of all linear layers but the output layer."""
+    heads = [unwrapped(head)[0] for head in output_layers(model, task_type)]
+    for path, place in known.items():
+        if isinstance(kind_of(place.module), Linear) and all(place.module is not head for head in heads):
+            yield path
 
 
 def plan(model: nn.Module, config: Any) -> Plan:
@@ -58,7 +66,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
     """
     known = places(model)
     tied = shared_weights(known.values())
-    saved = [known[path] for path in find_saved(model, getattr(config, "modules_to_save", None) or ())]
+    saved = [known[path] for path in find_saved(known, getattr(config, "modules_to_save", None) or ())]
     if getattr(config, "ensure_weight_tying", False):
         saved = with_tied(saved, tied)
     tokens = _token_places(model, config, known)
@@ -98,7 +106,8 @@ def plan(model: nn.Module, config: Any) -> Plan:
         )
     warn_of_unused_patterns([_parameter_path(place, param) for place, param in layers], config)
     method = method_by_name(config.method_name())()
-    check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
+    if not getattr(config, "layer_replication", None):  # which shares weights on purpose
+        check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
     return Plan(method, _with_out_projections(known, layers), saved, tokens, tied)
 
 
@@ -133,11 +142,13 @@ def _token_places(model: nn.Module, config: Any, known: dict[str, Place]) -> lis
     if not wanted:
         return []
     if not isinstance(wanted, dict):
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        name = next(
-            path for path, place in known.items() if place.wrapper is embedding or place.module is embedding
-        )
-        wanted = {name: list(wanted)}
+        embedding, _ = embedding_ends(model)
+        if embedding is None:
+            raise ValueError(
+                "the model has no input embedding; name one: trainable_token_indices={name: rows}"
+            )
+        bare, _ = unwrapped(embedding)
+        wanted = {next(path for path, place in known.items() if place.module is bare): list(wanted)}
     found = []
     for name, rows in wanted.items():
         hits = [place for path, place in known.items() if matches(path, [name])]

@@ -113,6 +113,13 @@ class SlottedLayer(nn.Module):
         if not len(self.column(column)):
             delattr(self, column)
 
+    def train(self, mode: bool = True) -> SlottedLayer:
+        """Set training or evaluation mode; what slots remember of their tensors is forgotten."""
+        for slot in self.slots.values():
+            slot.cache.clear()
+        super().train(mode)
+        return self
+
     # ------------------------------------------------------------------ on and off
 
     def setting(self) -> Setting:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from .errors import NoMatchingPeftModuleError, PeftWarning
-from .kinds import Linear, kind_of
 
 ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")
@@ -145,20 +144,20 @@ def pattern_matches(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def linear_paths(model: nn.Module, task_type: Any = None) -> list[str]:
-    """Return the paths of all linear layers but the output layer (for "all-linear")."""
-    heads = _output_layers(model, task_type)
-    return [
-        path
-        for path, module in model.named_modules()
-        if path and isinstance(kind_of(module), Linear) and not any(module is head for head in heads)
-    ]
+def embedding_ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return a transformers model's input embedding and output layer, None where it has none."""
+    ends: list[nn.Module | None] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # models of images have the method, but it raises
+            ends.append(None)
+    return ends[0], ends[1]
 
 
-def _output_layers(model: nn.Module, task_type: Any) -> list[nn.Module]:
+def output_layers(model: nn.Module, task_type: Any) -> list[nn.Module]:
     """Return the modules that turn features into outputs: the language model's head, or a classifier."""
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
+    _, output = embedding_ends(model)
     if output is not None:
         return [output]
     if task_type in ("SEQ_CLS", "TOKEN_CLS"):

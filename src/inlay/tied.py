@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper
+from .targets import embedding_ends
 from .walk import Place
 
 Groups = dict[int, list[Place]]
@@ -75,15 +76,8 @@ def check_tying(config: Any, adapted: Sequence[Place], saved: Sequence[Place], t
 def note_untied(model: nn.Module) -> None:
     """Record in a model's configuration that its embeddings are no longer tied, so that saving it keeps both."""
     config = getattr(model, "config", None)
-    if (
-        config is None
-        or not getattr(config, "tie_word_embeddings", False)
-        or not hasattr(model, "get_output_embeddings")
-    ):
+    first, last = embedding_ends(model)
+    if first is None or last is None or not getattr(config, "tie_word_embeddings", False):
         return
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    if (
-        all(e is not None and not isinstance(e, ModulesToSaveWrapper) for e in ends)
-        and ends[0].weight is not ends[1].weight
-    ):
-        config.tie_word_embeddings = False
+    if not isinstance(first, ModulesToSaveWrapper) and first.weight is not last.weight:
+        cast("Any", config).tie_word_embeddings = False

@@ -60,7 +60,7 @@ def _tokenizer(classifier: bool) -> Any:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models: bert, gpt2, t5, vit."""
+    """Folders of tiny models: bert, gpt2, t5, vit, mobilenet."""
     import torch
     import transformers as t
 
@@ -91,6 +91,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         image_size=16,
         patch_size=8,
     )
+    mobilenet = t.MobileNetV2Config(depth_multiplier=0.35, image_size=32)
+    t.MobileNetV2ForImageClassification(mobilenet).save_pretrained(root / "mobilenet")
     t.BertForMaskedLM(bert).save_pretrained(root / "bert")
     t.GPT2LMHeadModel(gpt2).save_pretrained(root / "gpt2")
     t.T5ForConditionalGeneration(t5).save_pretrained(root / "t5")
@@ -99,6 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("gpt2", "t5"):
         _tokenizer(False).save_pretrained(root / name)
     t.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / "vit")
+    t.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "mobilenet")
     return {path.name: path for path in root.iterdir()}
 
 

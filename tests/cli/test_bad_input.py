@@ -48,6 +48,8 @@ def write(path: Path, text: str | bytes) -> Path:
         (["train", "--batch_size", "0"], "--batch-size: '0' is not a whole number above 0"),
         (["train", "--method", "loar"], "unknown method 'loar'; did you mean 'lora'?"),
         (["train", "--method", "lora", "--method.lora_alhpa", "1"], "did you mean '--method.lora-alpha'?"),
+        (["train", "--method"], "expected one argument"),
+        (["train", "--trainer", "x"], "--trainer: 'x' is not a mapping of names to values"),
         (["train", "--method.r", "big"], "--method.r: 'big' is not a whole number"),
         (["train", "--config", "none.yaml"], "--config none.yaml: No such file or directory"),
         (["inspect"], "PATH is needed"),
@@ -196,6 +198,9 @@ def test_damaged_adapters(inlay: Run, complaint: Run, tmp_path: Path, models: Fi
         target,
     ]
     assert "already exists; use --overwrite" in complaint(*words)
+    assert f"did you mean {adapter}?" in complaint(
+        "evaluate", "--adapter", adapter.parent, "--data", data["dev"]
+    )
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "cannot load the adapter" in complaint(*words, "--overwrite")

@@ -147,6 +147,8 @@ def test_causal_lm_answers_prompts(
     trained = report(tmp_path / "out")["eval"]
     assert result["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-4)
     assert 0 <= result["exact_match"] <= 1
+    rough = json.loads(inlay(*evaluate, "--generate", "--max-new-tokens", 2, "--precision", "bf16"))
+    assert rough["loss"] == pytest.approx(result["loss"], rel=0.02)
     one = json.loads(inlay(*evaluate, "--batch-size", 3))
     assert one["loss"] == pytest.approx(result["loss"], rel=1e-5), "the loss is per token, whatever the batch"
 
@@ -198,6 +200,17 @@ def test_image_classification(
     assert report(tmp_path / "out")["eval"]["accuracy"] == 1.0
     predicted = answers(inlay("predict", "--adapter", tmp_path / "out" / "adapter", "--data", images))
     assert [answer["label"] for answer in predicted[:4]] == [0, 1, 0, 1]
+
+
+def test_convolutions_are_adapted_where_there_are_no_linear_layers(
+    models: Files, data: Files, tmp_path: Path, inlay: Run, training: Words
+) -> None:
+    inlay(*training(models["mobilenet"], "image-classification", data["images"], "--max-steps", 2))
+    shown = json.loads(inlay("inspect", tmp_path / "out" / "adapter", "--json"))
+    adapted = [part for part in shown["parts"] if "lora_A" in part["what"]]
+    assert adapted and all(part["where"].endswith("convolution") for part in adapted)
+    assert any(part["where"] == "classifier" for part in shown["parts"]), "the new head, trained whole"
+    inlay("merge", "--adapter", tmp_path / "out" / "adapter", "--output-dir", tmp_path / "merged")
 
 
 def test_images_by_path(models: Files, tmp_path: Path, inlay: Run, training: Words) -> None:

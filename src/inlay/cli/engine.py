@@ -106,13 +106,9 @@ def accepted(model: Any) -> Callable[[Dataset], Dataset]:
 
 def tidy(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics without the Trainer's prefix and clock; the loss is per token where the task counts tokens."""
-    clock = ("runtime", "per_second", "preparation_time")
-    found = {
-        key.removeprefix("eval_").removeprefix("test_"): float(value)
-        for key, value in metrics.items()
-        if key != "epoch"
-    }
-    found = {key: value for key, value in found.items() if not key.endswith(clock)}
+    clock = ("epoch", "runtime", "per_second", "preparation_time", "step")
+    kept = {key: float(value) for key, value in metrics.items() if not key.endswith(clock)}
+    found = {key.removeprefix("eval_").removeprefix("test_"): value for key, value in kept.items()}
     if "token_loss" in found:
         found["loss"] = found.pop("token_loss")
     return found
@@ -137,9 +133,7 @@ class Engine:
 
     def ready(self) -> Any:
         """Return the model on its device, in evaluation mode."""
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return self.model.to(device).eval()
 
     @contextmanager

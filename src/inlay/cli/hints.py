@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -95,11 +96,8 @@ def _in_words(hint: Any) -> str:
         PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number of at least 0",
         PositiveFloat: "a number above 0", NonNegativeFloat: "a number of at least 0", ClosedUnitInterval: "a number from 0 to 1",
     }  # fmt: skip
-    parts = (
-        [arg for arg in typing.get_args(hint) if arg is not type(None)] if typing.get_args(hint) else [hint]
-    )
     if typing.get_origin(hint) is dict:
         return "a mapping of names to values"
-    if typing.get_origin(hint) in (list, set):
-        parts = [hint]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = [arg for arg in typing.get_args(hint) if arg is not type(None)] if union else [hint]
     return " or ".join(names.get(part, str(part).removeprefix("typing.")) for part in parts)

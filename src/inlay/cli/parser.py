@@ -76,9 +76,9 @@ def _add_options(parser: ArgumentParser, options: type, prefix: str, groups: dic
     told = [f for f in fields(options) if f.metadata]
     for f in sorted(told, key=lambda f: GROUPS.index(f.metadata["group"])):
         title, hint = f.metadata["group"], hints[f.name]
-        group = (
-            groups[title] if title in groups else groups.setdefault(title, parser.add_argument_group(title))
-        )
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         if is_dataclass(hint):
             _add_options(parser, typing.cast("type", hint), f"{f.name}.", groups)
             continue

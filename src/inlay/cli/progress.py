@@ -41,13 +41,9 @@ class Progress(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         if self.bar is None or not logs or "train_runtime" in logs:
-            return
+            return  # an evaluation outside of training, or the Trainer's last word on its speed
         evaluation = any(key.startswith("eval_") for key in logs)
-        numbers = (
-            tidy(logs)
-            if evaluation
-            else {"loss": logs.get("loss", 0.0), "rate": logs.get("learning_rate", 0.0)}
-        )
+        numbers = tidy(logs) if evaluation else {"loss": logs["loss"], "rate": logs["learning_rate"]}
         text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         tqdm.write(f"epoch {state.epoch:6.2f}  {'eval ' if evaluation else 'train'}  {text}", file=sys.stderr)
 

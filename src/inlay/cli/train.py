@@ -40,7 +40,6 @@ def run(options: Train) -> None:
         UserError: an option, the data or the model does not fit; earlier results are as they were.
     """
     started = time.monotonic()
-    catalogue.check_method(options.method.name)
     if options.learning_rate is None:
         options.learning_rate = catalogue.learning_rate(options.method.name)
     if options.patience is not None and options.eval_data is None:
@@ -66,7 +65,9 @@ def _limits_told(here: Run) -> Iterator[None]:
             "out of memory: try a smaller --batch-size with --accumulate, or --gradient-checkpointing"
         ) from error
     except (RuntimeError, SafetensorError) as error:
-        if "inline_container" not in str(error) and "No space left" not in str(error):  # torch.save, safetensors
+        if "inline_container" not in str(error) and "No space left" not in str(
+            error
+        ):  # torch.save, safetensors
             raise
         raise UserError(
             f"no space left for checkpoints in {here.checkpoints}; make some and go on with --resume"
@@ -110,11 +111,9 @@ def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Datas
     args = _arguments(options, task, here, steps, evaluated=len(rows) > 1)
     model = adapt(base, options, task, fresh, steps)
     _announce(options, model, rows, steps)
-    callbacks = [LogWhenSaving(), Progress()] + (
-        [EarlyStoppingCallback(options.patience)] if options.patience else []
-    )
+    stopping = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
     return TaskTrainer(
-        task, model, args, group_by_length=options.group_by_length, callbacks=callbacks,
+        task, model, args, group_by_length=options.group_by_length, callbacks=[LogWhenSaving(), Progress(), *stopping],
         train_dataset=select(rows[0]), eval_dataset=select(rows[1]) if len(rows) > 1 else None,
     )  # fmt: skip
 
@@ -184,35 +183,38 @@ def _announce(options: Train, model: Any, rows: list[Dataset], steps: int) -> No
 
 
 def _save(here: Run, task: Task, trainer: TaskTrainer, evaluation: dict[str, float], seconds: float) -> None:
-    options, state = here.options, trainer.state
-    whole = options.method.name in catalogue.BASELINES
-    place = here.folder / ("model" if whole else "adapter")
+    whole = here.options.method.name in catalogue.BASELINES
+    place, other = here.folder / "adapter", here.folder / "model"
+    if whole:
+        place, other = other, place
     with new_folder(place) as folder:
         save_trained(trainer.accelerator.unwrap_model(trainer.model), task, folder)
-    weights = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-    report = {
+    size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    with new_file(here.folder / "curves.png") as path:
+        draw_curves(trainer.state.log_history, task.metric[0], path)
+    here.write_options(here.folder / "config.yaml")
+    report = _report(here.options, trainer, evaluation) | {"bytes": size, "seconds": seconds}
+    write_json(here.folder / "metrics.json", report | {"versions": versions()})
+    shutil.rmtree(other, ignore_errors=True)  # of an overwritten run
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
+    print(f"{shown or 'no evaluation'}\n{place}  ({size / 1e6:.2f} MB)")
+
+
+def _report(options: Train, trainer: TaskTrainer, evaluation: dict[str, float]) -> dict[str, Any]:
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    return {
         "task": options.task,
         "model": options.model,
         "method": options.method.name,
         "eval": evaluation,
         "train": {
-            "loss": next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None),
+            "loss": losses[-1] if losses else None,
             "steps": state.global_step,
             "epochs": round(state.epoch or 0.0, 4),
             "best_step": state.best_global_step if evaluation else None,
             "learning_rate": options.learning_rate,
             "seed": options.seed,
         },
-        "parameters": _counts(trainer.model) | {"bytes": weights},
-        "seconds": seconds,
-        "versions": versions(),
+        "parameters": _counts(trainer.model),
     }
-    with new_file(here.folder / "curves.png") as path:
-        draw_curves(state.log_history, task.metric[0], path)
-    here.write_options(here.folder / "config.yaml")
-    write_json(here.folder / "metrics.json", report)
-    shutil.rmtree(
-        here.folder / ("adapter" if whole else "model"), ignore_errors=True
-    )  # of an overwritten run
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in evaluation.items())
-    print(f"{shown or 'no evaluation'}\n{place}  ({weights / 1e6:.2f} MB)")

@@ -40,7 +40,9 @@ def load_trained(adapter: str | None, model: str | None, dtype: str) -> tuple[An
         )
     place, wanted = Path(adapter or str(model)), "adapter_config.json" if adapter else "config.json"
     if not (place / wanted).is_file():
-        raise UserError(f"{place} is not {'an adapter' if adapter else 'a model'} folder: it has no {wanted}")
+        raise UserError(
+            f"{place} is not {'an adapter' if adapter else 'a model'} folder: it has no {wanted}{_way_out(place)}"
+        )
     base = base_of(place, model) if adapter else model_place(str(place))
     revision = read_json(place / wanted).get("revision") if adapter and not model else None
     task = _task_of(place, base, revision)
@@ -51,6 +53,14 @@ def load_trained(adapter: str | None, model: str | None, dtype: str) -> tuple[An
     elif fresh:
         raise UserError(f"{place}: the weights of {', '.join(fresh)} are not in its files")
     return loaded, task
+
+
+def _way_out(place: Path) -> str:
+    """Return a hint where the folder is a near miss."""
+    inner = next((place / name for name in ("adapter", "model") if (place / name).is_dir()), None)
+    if inner is not None:
+        return f"; did you mean {inner}?"
+    return "; a whole model is given by --model" if (place / "config.json").is_file() else ""
 
 
 def _task_of(place: Path, base: str, revision: str | None) -> Task:
@@ -64,16 +74,13 @@ def _task_of(place: Path, base: str, revision: str | None) -> Task:
 
 
 def _guessed_settings(place: Path) -> Settings:
-    """Return the settings for an adapter that a script has written: its task type, and as many labels as its head has rows."""
-    config = read_json(place / "adapter_config.json") if (place / "adapter_config.json").is_file() else {}
-    names = (
-        [name for name in FILES if task_class(name).task_type == config.get("task_type")]
-        if config.get("task_type")
-        else []
-    )
+    """Return the settings for an adapter that a script has written: its task type, as many labels as its head has rows."""
+    file = place / "adapter_config.json"
+    task_type = read_json(file).get("task_type") if file.is_file() else None
+    names = [name for name in FILES if task_type and task_class(name).task_type == task_type]
     if not names:
         raise UserError(
-            f"{place} has no {TASK_FILE} and no known task_type, so what it does is unknown; 'inlay train' writes that file"
+            f"{place} has no {TASK_FILE} (which 'inlay train' writes) and no known task_type: what it does is unknown"
         )
     heads = [entry["shape"] for key, entry in safetensors_header(place).items() if key.endswith(HEAD_WEIGHTS)]
     return Settings(names[0], labels=list(range(heads[0][0])) if heads else [], max_length=0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig, PeftType, name_set
 from ..kinds import Embedding, LayerKind, Linear
 from ..method import Column, Method, Slot
+from ..targets import embedding_ends
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
         slot.layer.column("trainable_tokens_delta")[slot.name] = owner["trainable_tokens_delta"]
 
     def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        embedding, _ = embedding_ends(model)
         return {path for path, module in model.named_modules() if module is embedding}
 
     def build(self, kind: LayerKind, config: TrainableTokensConfig, path: str) -> dict[str, Column]:

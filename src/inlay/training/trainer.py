@@ -18,15 +18,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftWarning
 from ..files import adapter_folder
 
+if TYPE_CHECKING:
+    from ..peft_model import PeftModel
+
 TRAINER = "transformers.trainer"
 
 
-def teach_trainer(model_class: type) -> None:
+def teach_trainer(model_class: type[PeftModel]) -> None:
     """Make the Trainer recognise a class, now if it is imported already, else as soon as it is."""
     if TRAINER in sys.modules:
         _teach(sys.modules[TRAINER], model_class)
@@ -34,40 +37,39 @@ def teach_trainer(model_class: type) -> None:
         sys.meta_path.insert(0, _TrainerImport(model_class))
 
 
-def _teach(trainer: Any, model_class: type) -> None:
+def _teach(trainer: Any, model_class: type[PeftModel]) -> None:
     known = getattr(trainer, "PeftModel", ())  # absent where PEFT is
     known = known if isinstance(known, tuple) else (known,)
     if model_class in known:
         return
-    original = getattr(trainer, "_is_peft_model", None)
-    if original is None:
+    original: Any = getattr(trainer, "_is_peft_model", None)
+    methods = [getattr(trainer.Trainer, name, None) for name in ("_load_from_checkpoint", "_load_best_model")]
+    if None in (original, *methods):
         warnings.warn(
-            "this version of transformers is not known to Inlay: its Trainer will save whole models instead of adapters",
+            "this version of transformers is not known to Inlay: its Trainer may save whole models instead of adapters",
             PeftWarning,
             stacklevel=4,
         )
         return
 
     def is_peft_model(model: Any) -> bool:
-        return isinstance(model, model_class) or original(model)
+        return isinstance(model, model_class) or bool(original(model))
 
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers.") and vars(module).get("_is_peft_model") is original:
             vars(module)["_is_peft_model"] = is_peft_model
     trainer.PeftModel = (model_class, *known)
-    trainer.is_peft_available = lambda *args, **kwargs: True  # or it would not look at PeftModel
+    if not known:
+        trainer.is_peft_available = lambda *args, **kwargs: True  # or it would not look at PeftModel
     _load_own_adapters(trainer.Trainer, model_class)
 
 
-def _load_own_adapters(trainer_class: Any, model_class: type) -> None:
-    load_from_checkpoint, load_best_model = (
-        trainer_class._load_from_checkpoint,
-        trainer_class._load_best_model,
-    )
+def _load_own_adapters(trainer_class: Any, model_class: type[PeftModel]) -> None:
+    resume, load_best = trainer_class._load_from_checkpoint, trainer_class._load_best_model
 
     def loaded(trainer: Any, folder: str) -> bool:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        if not recognised(model) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if not isinstance(model, model_class) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return False
         for name in model.peft_config:
             model.load_adapter(adapter_folder(folder, name), name)
@@ -75,22 +77,20 @@ def _load_own_adapters(trainer_class: Any, model_class: type) -> None:
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         if not loaded(self, resume_from_checkpoint):
-            load_from_checkpoint(self, resume_from_checkpoint, model)
+            resume(self, resume_from_checkpoint, model)
 
     def _load_best_model(self: Any) -> None:
         if not loaded(self, self.state.best_model_checkpoint):
-            load_best_model(self)
+            load_best(self)
 
-    trainer_class._load_from_checkpoint, trainer_class._load_best_model = (
-        _load_from_checkpoint,
-        _load_best_model,
-    )
+    trainer_class._load_from_checkpoint = _load_from_checkpoint
+    trainer_class._load_best_model = _load_best_model
 
 
 class _TrainerImport(importlib.abc.MetaPathFinder):
     """Waits for the Trainer to be imported, teaches it, and is gone."""
 
-    def __init__(self, model_class: type) -> None:
+    def __init__(self, model_class: type[PeftModel]) -> None:
         self.model_class = model_class
 
     def find_spec(

@@ -1,0 +1,107 @@
+"""The ways to train that are compared. A method is one entry of ``METHODS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from inlay import LoraConfig, PeftConfig, get_peft_model
+
+from .task import Task
+
+Prepare = Callable[[Task, nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a base model is made ready for training.
+
+    Args:
+        title: its name in the report.
+        prepare: returns the model whose parameters that require gradients are trained.
+        rates: which of the task's learning rates are tried.
+        rate_of: the method whose chosen rate is used in place of trying any.
+        pretrained: False for the control on random weights.
+    """
+
+    title: str
+    prepare: Prepare
+    rates: str = "adapter"
+    rate_of: str | None = None
+    pretrained: bool = True
+
+
+def everything(task: Task, model: nn.Module) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def head_only(task: Task, model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in task.head:
+            module.requires_grad_(True)
+    return model
+
+
+def adapter(config: type[PeftConfig], **options: Any) -> Prepare:
+    """Return a method that sets in an adapter.
+
+    Args:
+        config: its configuration class.
+        options: fields of the configuration; a function of the task gives a value that differs from task to task.
+    """
+
+    def prepare(task: Task, model: nn.Module) -> nn.Module:
+        values = {key: value(task) if callable(value) else value for key, value in options.items()}
+        targets = task.targets if isinstance(task.targets, str) else list(task.targets)
+        heads = list(task.head) if task.new_head else None
+        settings = {"task_type": task.task_type, "target_modules": targets, "modules_to_save": heads}
+        return get_peft_model(model, config(**(settings | values)))
+
+    return prepare
+
+
+LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
+
+METHODS: dict[str, Method] = {
+    "full": Method("full fine-tuning", everything, rates="full"),
+    "head": Method("frozen base, head only", head_only, rates="head"),
+    "lora": Method("LoRA", adapter(LoraConfig, **LOW_RANK)),
+    "dora": Method("DoRA", adapter(LoraConfig, use_dora=True, **LOW_RANK), rate_of="lora"),
+    "lora-random": Method(
+        "LoRA on random weights", adapter(LoraConfig, **LOW_RANK), rate_of="lora", pretrained=False
+    ),
+}
+
+
+def methods_of(task: Task, methods: list[str]) -> list[str]:
+    """Return those that apply to a task: the control on random weights only where the task asks for it."""
+    return [name for name in methods if METHODS[name].pretrained or task.control]
+
+
+def sizes(task: Task, base_total: int, model: nn.Module) -> dict[str, int]:
+    """Return how many parameters the base has, how many are trained, how many of those are not the task's new head,
+    and the bytes that are stored after training."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    in_head = {name for name in trained if task.new_head and set(name.split(".")) & set(task.head)}
+    in_head = {name for name in in_head if "lora_" not in name}
+    count = sum(p.numel() for p in trained.values())
+    return {
+        "total": base_total,
+        "trained": count,
+        "beside_head": count - sum(trained[name].numel() for name in in_head),
+        "bytes": _stored(model, trained),
+    }
+
+
+def _stored(model: nn.Module, trained: dict[str, nn.Parameter]) -> int:
+    if not hasattr(model, "peft_config"):
+        return sum(p.numel() * p.element_size() for p in trained.values())
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        return (Path(folder) / "adapter_model.safetensors").stat().st_size

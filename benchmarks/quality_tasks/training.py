@@ -1,0 +1,99 @@
+"""One plain training loop, the same for every task and method."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .methods import Method, sizes
+from .task import Batch, Example, Task
+
+WARM_UP = 0.1
+LARGEST_GRADIENT = 1.0
+GROUP = 8
+"""Batches whose examples are sorted by length together, so that little is padded."""
+
+
+def run(
+    task: Task, method: Method, rate: float, seed: int, splits: dict[str, list[Any]], shared: Path
+) -> dict[str, Any]:
+    """Train once and return scores (of the splits that are not "train"), sizes and times.
+
+    The seed decides the new parameters and the order of the batches, which is the same for every method.
+    """
+    torch.manual_seed(seed)
+    model = task.model(shared, method.pretrained)
+    total = sum(p.numel() for p in model.parameters())
+    model = method.prepare(task, model)
+    held_out = {split: _in_batches(task, splits[split]) for split in splits if split != "train"}
+    before = {} if task.new_head else {"before": score(task, model, held_out["dev"])}
+    milliseconds, last = _train(task, model, rate, batches(task, splits["train"], seed))
+    return {
+        **{split: score(task, model, part) for split, part in held_out.items()},
+        **before,
+        **sizes(task, total, model),
+        "milliseconds": milliseconds,
+        "train_loss": last,
+    }
+
+
+def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -> tuple[float, float]:
+    """Return processor milliseconds per step and the mean loss of the last tenth of the steps."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
+    warm = max(1, round(WARM_UP * task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (task.steps - step) / (task.steps - warm + 1))
+    )
+    training_mode(model)
+    losses, start = [], time.process_time()
+    for _ in range(task.steps):
+        loss = task.loss(model, next(stream))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    # The processor's own clock: on a machine that others use as well, a wall clock measures them.
+    taken = (time.process_time() - start) * 1e3 / task.steps
+    last = losses[-max(1, task.steps // 10) :]
+    return taken, sum(last) / len(last)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Set training mode, but let batch norms keep the statistics they were trained with."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def score(task: Task, model: nn.Module, held_out: Sequence[Batch]) -> float:
+    model.eval()
+    with torch.no_grad():
+        return task.score(model, held_out)
+
+
+def batches(task: Task, examples: list[Example], seed: int) -> Iterator[Batch]:
+    """Yield batches without end; every example once in each pass, in an order that only the seed decides."""
+    order = random.Random(seed)
+    size = min(task.batch_size, len(examples))
+    while True:
+        shuffled = order.sample(examples, len(examples))
+        pools = [shuffled[i : i + size * GROUP] for i in range(0, len(shuffled), size * GROUP)]
+        ordered = [example for pool in pools for example in sorted(pool, key=task.length)]
+        groups = [ordered[i : i + size] for i in range(0, len(ordered) - size + 1, size)]
+        order.shuffle(groups)
+        yield from map(task.batch, groups)
+
+
+def _in_batches(task: Task, examples: list[Example], size: int = 64) -> list[Batch]:
+    ordered = sorted(examples, key=task.length)
+    return [task.batch(ordered[i : i + size]) for i in range(0, len(ordered), size)]
