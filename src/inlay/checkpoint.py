@@ -67,7 +67,7 @@ def get_peft_model_state_dict(
     for name in _embedding_keys(model, adapter_name, save_embedding_layers):
         keys.setdefault(name, name)
     if state_dict is None:
-        live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        live = _tensors(model) | _before_merging(model)
         return {disk: live[memory].detach() for memory, disk in keys.items()}
     if lacking := sorted(keys.keys() - state_dict.keys()):
         raise AdapterFileError(f"the given state_dict lacks {lacking} of adapter {adapter_name!r}")
@@ -99,7 +99,7 @@ def set_peft_model_state_dict(
     """
     keys = disk_keys(model, adapter_name)
     memory = {disk: name for name, disk in keys.items()}
-    live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    live = _tensors(model)
     base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
     wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict}
     wrong = [
@@ -126,6 +126,22 @@ def set_peft_model_state_dict(
     return IncompatibleKeys(missing, [disk for disk, name in wanted.items() if name is None])
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _before_merging(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base parameters that merging replaced: an adapter is saved with the base it is for."""
+    prefix, bare = _bare_model(model)
+    return {
+        f"{prefix}{path}{unwrapped(w)[1]}.{key}": p
+        for path, w in wrappers(bare)
+        if isinstance(w, AdaptedLayer)
+        for key, p in w.originals.items()
+        if p is not None
+    }
+
+
 def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
     """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
     owner_path = names[0].rpartition(".")[0]
@@ -137,7 +153,7 @@ def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor)
         if isinstance(layer, AdaptedLayer)
         else next(layer.original_module.parameters()).device
     )
-    parameter = nn.Parameter(value.to(device), requires_grad=present.requires_grad)
+    parameter = nn.Parameter(value.to(device, present.dtype), requires_grad=present.requires_grad)
     for name in names:
         path, _, attribute = name.rpartition(".")
         owner: Any = model.get_submodule(path)
@@ -167,7 +183,9 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     for path, wrapper in wrappers(bare):
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
             slot = wrapper.slots[adapter_name]
-            for name in () if slot.owner else slot.parameters():
+            # A twin's parameters are its owner's; PEFT repeats them where the method itself adapts both.
+            repeated = slot.owner is not None and slot.config is not configs[adapter_name]
+            for name in () if repeated else slot.parameters():
                 column, _, rest = name.partition(".")
                 disk = _respell(name, slot.method.on_disk)
                 keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = (
