@@ -93,15 +93,6 @@ def without_double_merge(theirs: Any) -> Any:
     return theirs
 
 
-def without_repeats(case: CrossCase, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what PEFT writes twice: trainable tokens on their own, once more under the name of the head tied to them."""
-    return {
-        k: v
-        for k, v in state.items()
-        if case.name != "trainable_tokens_tied" or not k.endswith("lm_head.trainable_tokens_delta")
-    }
-
-
 TOKENS = tiny_inputs("llama")["input_ids"].unique()[2:4].tolist()
 
 

@@ -159,8 +159,6 @@ def outcome(library: Any, model: str, settings: dict[str, Any]) -> Any:
 
 OTHERWISE = {
     ("llama", "parameters"): "q_proj by default and q_proj.weight by name are one adapter; PEFT raises",
-    ("vit", "parameters"): "PEFT has no default targets for this model",
-    ("whisper", "parameters"): "PEFT has no default targets for this model",
 }
 """Where Inlay decides otherwise, on purpose."""
 
