@@ -73,11 +73,12 @@ def test_compiled_as_one_graph(method: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "lora_dropout": 0.1}], ids=str)
 def test_a_compiled_language_model_trains(settings: dict[str, Any]) -> None:
     with seeded():
         model = get_peft_model(
-            tiny("llama"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+            tiny("llama"),
+            LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **settings),
         )
     train(model, "default")
     inputs = tiny_inputs("llama")

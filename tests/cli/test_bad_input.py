@@ -89,7 +89,7 @@ def test_mistakes_in_yaml(tmp_path: Path, complaint: Run, text: str, expected: s
         ("x.jsonl", "", "no rows; the file is empty"),
         ("x.csv", "text,label\n", "no rows; the file is empty"),
         ("x.csv", "text,label\na,b\na,b,c\n", "line 3: 3 columns, but the header has 2"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a", "label": 1}\n' * 9)[:-12], "broken gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a", "label": 1}\n' * 9, mtime=0)[:-12], "broken gzip file"),
         ("x.jsonl.gz", b"plain", "broken gzip file"),
         ("x.parquet", b"nothing", "not a readable Parquet file"),
         ("x.npz", b"nothing", "not a readable npz file"),
