@@ -128,7 +128,7 @@ def _train_and_test(method: str, output: Path, size: Size) -> dict[str, Any]:
     return {
         "dev": noted["eval"],
         "test": json.loads((folder / "test.json").read_text(encoding="utf-8")),
-        "parameters": noted["parameters"],
+        "parameters": noted["parameters"] | {"bytes": noted["bytes"]},
         "train": noted["train"],
         "seconds": noted["seconds"],
         "versions": noted["versions"],

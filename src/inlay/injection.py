@@ -45,7 +45,12 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
     elif settled.target_modules == ALL_LINEAR:
         known = places(model)
         saved = find_saved(known, getattr(settled, "modules_to_save", None) or ())
-        settled.target_modules = set(_linear_paths(model, known, settled.task_type)) - set(saved)
+        inside = tuple(f"{path}." for path in saved)
+        settled.target_modules = {
+            path
+            for path in _linear_paths(model, known, settled.task_type)
+            if not f"{path}.".startswith(inside)
+        }
     return settled
 
 

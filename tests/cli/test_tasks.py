@@ -34,7 +34,7 @@ def test_text_classification_learns_and_survives_the_round_trip(
 ) -> None:
     out = tmp_path / "out"
     words = training(models["bert"], "text-classification", data["train"], *THOROUGHLY, dev=data["dev"])
-    inlay(*words, "--method", method, "--epochs", 10)
+    inlay(*words, "--method", method, "--epochs", 25)
     metrics = report(out)
     assert metrics["eval"]["accuracy"] == 1.0
     names = {path.name for path in out.iterdir()}

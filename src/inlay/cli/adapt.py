@@ -31,6 +31,8 @@ def adapt(model: nn.Module, options: Train, task: Task, fresh: list[str], steps:
     values = catalogue.FIXED.get(name, {}) | options.method.options
     config_class = catalogue.method_configs()[name]
     known = {f.name for f in fields(config_class)}
+    if task.task_type is None:  # image classification, whose head no task type names
+        fresh = fresh or _heads(model)
     heads = [*(values.pop("modules_to_save", None) or []), *fresh]
     if heads:
         values["modules_to_save"] = heads
@@ -62,7 +64,7 @@ def fallback_targets(model: nn.Module, heads: Sequence[str] = ()) -> str | list[
 
 def _baseline(model: nn.Module, name: str, fresh: list[str]) -> nn.Module:
     if name == "head":
-        heads = fresh or [head for head in HEADS if hasattr(model, head)]
+        heads = fresh or _heads(model)
         if not heads:
             raise UserError(
                 "--method head: the model has no head of its own for this task; choose a method or full"
@@ -71,3 +73,7 @@ def _baseline(model: nn.Module, name: str, fresh: list[str]) -> nn.Module:
         for head in heads:
             model.get_submodule(head).requires_grad_(True)
     return model
+
+
+def _heads(model: nn.Module) -> list[str]:
+    return [head for head in HEADS if hasattr(model, head)]
