@@ -99,7 +99,8 @@ def saved_bytes(tensors: dict[str, Tensor | None], p: float, dora: bool) -> int:
 def test_only_thin_tensors_and_byte_masks_are_kept(dtype: torch.dtype, dora: bool) -> None:
     needed = {"x", "a", "b", "magnitude"}
     tensors = leaves(make_tensors(shape=(64, 24), dtype=dtype, master=torch.float32), needed)
-    thin = 64 * 4 * dtype.itemsize
+    gains = 4 * tensors["b"].shape[0] if dora else 0  # one float32 for each output feature
+    thin = 64 * 4 * dtype.itemsize + gains
     assert saved_bytes(tensors, 0.0, dora) == thin
     assert saved_bytes(tensors, 0.5, dora) == thin + 64 * 24
 

@@ -7,8 +7,8 @@ from .images import Images
 from .task import Task
 from .text import MINILM, Sentences
 
-ENCODER_RATES = {"full": (1e-4, 3e-4, 1e-3), "head": (1e-2, 3e-2), "adapter": (1e-3, 3e-3, 1e-2)}
-SMALL_RATES = {"full": (1e-3, 3e-3, 1e-2), "head": (1e-2, 3e-2), "adapter": (3e-3, 1e-2, 3e-2)}
+ENCODER_RATES = {"full": (1e-4, 3e-4, 1e-3), "head": (1e-2, 3e-2, 1e-1), "adapter": (1e-3, 3e-3, 1e-2)}
+SMALL_RATES = {"full": (1e-3, 3e-3, 1e-2), "head": (1e-2, 3e-2, 1e-1), "adapter": (3e-3, 1e-2, 3e-2)}
 
 _ALL: tuple[Task, ...] = (
     Sorting(
@@ -24,7 +24,7 @@ _ALL: tuple[Task, ...] = (
         head=("lm_head",),
         new_head=False,
         task_type="CAUSAL_LM",
-        rates=SMALL_RATES,
+        rates=SMALL_RATES | {"adapter": (1e-3, 3e-3, 1e-2)},
         bound=("test", 1.0),
     ),
     Responses(
@@ -36,10 +36,11 @@ _ALL: tuple[Task, ...] = (
         decoder="stories260K-llama",
         steps=300,
         batch_size=16,
+        alpha=32,
         head=("lm_head",),
         new_head=False,
         task_type="CAUSAL_LM",
-        rates=SMALL_RATES,
+        rates=SMALL_RATES | {"adapter": (3e-3, 6e-3, 1.2e-2)},
         bound=("dev", 0.82),
         control=True,
         most={"train": 4800, "dev": 300, "test": 1000},
@@ -85,7 +86,7 @@ _ALL: tuple[Task, ...] = (
         batch_size=32,
         # The stem and the 1 x 1 convolutions; a depthwise one has no room for a low-rank update.
         targets=r".*(conv_stem|layer\.\d*[13579])\.convolution",
-        rates=SMALL_RATES | {"full": (3e-4, 1e-3, 3e-3)},
+        rates=SMALL_RATES | {"full": (3e-4, 1e-3, 3e-3), "adapter": (1e-3, 3e-3, 1e-2)},
     ),
     Sentences(
         name="sst2",

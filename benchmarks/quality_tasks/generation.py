@@ -34,7 +34,7 @@ def decoder(folder: Path, pretrained: bool) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Responses(Task):
-    """Columns ``prompt`` and ``response``; the loss is that of the response's tokens and the end, in nats per token.
+    """Columns ``prompt`` and ``response``; the loss is that of the response and of the token that ends it, in nats per token.
 
     Args:
         data: folder below ``data``.
@@ -49,7 +49,8 @@ class Responses(Task):
 
     def examples(self, shared: Path) -> dict[str, list[Any]]:
         tokenizer = AutoTokenizer.from_pretrained(shared / "models" / self.decoder)
-        start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        # The decoder's stories were told apart by the start token alone: it never learnt an end token.
+        start = end = [tokenizer.bos_token_id]
         found = {}
         for split in SPLITS:
             part = rows(shared / "data" / self.data / f"{split}.jsonl.gz")[: self.most.get(split)]

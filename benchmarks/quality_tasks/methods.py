@@ -103,5 +103,5 @@ def _stored(model: nn.Module, trained: dict[str, nn.Parameter]) -> int:
     if not hasattr(model, "peft_config"):
         return sum(p.numel() * p.element_size() for p in trained.values())
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        model.save_pretrained(folder)  # type: ignore[operator]
         return (Path(folder) / "adapter_model.safetensors").stat().st_size

@@ -16,7 +16,7 @@ from .task import Batch, Example, Task
 
 WARM_UP = 0.1
 LARGEST_GRADIENT = 1.0
-GROUP = 8
+GROUP = 2
 """Batches whose examples are sorted by length together, so that little is padded."""
 
 

@@ -15,7 +15,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -48,7 +48,11 @@ class Slot:
         self.cache: dict[str, Any] = {}
 
     def __getitem__(self, column: str) -> Any:
-        return self.layer.column(column)[self.name]
+        # Straight to where nn.Module keeps modules: every forward pass comes here several times for every layer.
+        module = self.layer._modules.get(column)
+        if module is None:
+            return self.layer.__dict__[column][self.name]
+        return (module._modules or cast("Any", module))[self.name]
 
     def get(self, column: str) -> Any:
         """Return the entry of a column, or None where this adapter has none."""

@@ -54,9 +54,11 @@ class SlottedLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer as it was before any adapter."""
-        layer = self.base_layer
+        layer: nn.Module = self
         while isinstance(layer, SlottedLayer):
-            layer = layer.base_layer
+            layer = cast(
+                "nn.Module", layer._modules["base_layer"]
+            )  # past __getattr__, for every forward pass
         return layer
 
     def __getattr__(self, name: str) -> Any:

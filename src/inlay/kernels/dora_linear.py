@@ -25,7 +25,10 @@ from .dropout import keep_mask, plain_dropped
 from .lora_linear import autocast_inputs, outside_autocast
 from .low_rank import (
     add_delta,
+    any_gradient,
+    block_rows,
     differentiable_grads,
+    in_dtype,
     linear_grads,
     linear_output,
     project,
@@ -65,8 +68,12 @@ def dora_linear(
     if torch.compiler.is_compiling():
         return plain_dora_linear(x, weight, bias, a, b, magnitude, weight_norm, keep, gain)
     with outside_autocast(x):
-        hold_output = torch.is_grad_enabled() and magnitude.requires_grad
-        y: Tensor = _DoraLinear.apply(x, weight, bias, a, b, magnitude, weight_norm, keep, gain, hold_output)  # type: ignore[no-untyped-call]
+        excess = excess_gain(magnitude.detach(), weight_norm)
+        if not any_gradient(x, weight, bias, a, b, magnitude):
+            return _values(x, weight, bias, a, b, excess, keep, gain)[0]
+        y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, a, b, magnitude, weight_norm, excess, keep, gain
+        )
     return y
 
 
@@ -89,7 +96,7 @@ def plain_dora_linear(
 
 def excess_gain(magnitude: Tensor, weight_norm: Tensor) -> Tensor:
     """G - 1, which a narrow dtype holds far better than g: g stays near 1 in training."""
-    return torch.where(weight_norm > 0, magnitude / weight_norm - 1.0, torch.zeros_like(weight_norm))
+    return torch.where(weight_norm > 0, magnitude / weight_norm, 1.0) - 1.0
 
 
 class _Kept(torch.autograd.Function):
@@ -120,6 +127,27 @@ class _Kept(torch.autograd.Function):
         return held  # type: ignore[no-any-return]
 
 
+def _values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    excess: Tensor,
+    keep: Tensor | None,
+    gain: float,
+) -> tuple[Tensor, Tensor]:
+    """Y and S[n, r]."""
+    rows = rows_of(x)
+    s = project(rows, in_dtype(a, x), keep)
+    y, y_rows = linear_output(x, rows, weight, None)
+    add_delta(y_rows, s, in_dtype(b, y), gain)
+    y.addcmul_(y, in_dtype(excess, y))
+    if bias is not None:
+        y.add_(bias)
+    return y, s
+
+
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -131,28 +159,22 @@ class _DoraLinear(torch.autograd.Function):
         b: Tensor,
         magnitude: Tensor,
         weight_norm: Tensor,
+        excess: Tensor,
         keep: Tensor | None,
         gain: float,
-        hold_output: bool,
     ) -> Tensor:
-        rows = rows_of(x)
-        s = project(rows, a.to(x.dtype), keep)
-        y, y_rows = linear_output(x, rows, weight, None)
-        add_delta(y_rows, s, b.to(y.dtype), gain)
-        y.addcmul_(y, excess_gain(magnitude, weight_norm).to(y.dtype))
-        if bias is not None:
-            y.add_(bias)
+        y, s = _values(x, weight, bias, a, b, excess, keep, gain)
         _, weight_needed, _, a_needed, b_needed, magnitude_needed = ctx.needs_input_grad[:6]
         kept_x = x if weight_needed or a_needed or magnitude_needed else None
         kept_s = s if b_needed or magnitude_needed else None
-        ctx.save_for_backward(kept_x, weight, bias, a, b, magnitude, weight_norm, keep, kept_s)
-        ctx.output = _Kept.hold(y) if hold_output else None
+        ctx.save_for_backward(kept_x, weight, bias, a, b, magnitude, weight_norm, excess, keep, kept_s)
+        ctx.output = _Kept.hold(y) if magnitude_needed else None
         ctx.x_shape, ctx.gain = x.shape, gain
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, magnitude, weight_norm, keep, s = ctx.saved_tensors
+        x, weight, bias, a, b, magnitude, weight_norm, excess, keep, s = ctx.saved_tensors
         needed = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, a, b, magnitude)
@@ -168,7 +190,6 @@ class _DoraLinear(torch.autograd.Function):
             ctx.output = None
             operands = (x, weight, b, magnitude, weight_norm, s, ctx.gain)
             dmagnitude = _grad_of_magnitude(dots, dy, *operands)
-        excess = excess_gain(magnitude, weight_norm)
         # Both make g dY W, and the smaller of dY and W is the cheaper one to scale.
         scale_weight = dy.shape[0] > weight.shape[1] and not needed[1]
         if scale_weight:
@@ -222,9 +243,12 @@ def _grad_of_magnitude(
 
 def _column_dots(p: Tensor, q: Tensor) -> Tensor:
     """sum_n p[n, k] q[n, k], accumulated in fp32 or wider."""
-    total = torch.zeros(p.shape[1], dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    if p.shape[0] <= block_rows(p):
+        return (p * q).sum(0, dtype=dtype)
+    total = torch.zeros(p.shape[1], dtype=dtype, device=p.device)
     scratch = scratch_for(p)
     for rows in row_blocks(p):
         product = torch.mul(p[rows], q[rows], out=scratch[: rows.stop - rows.start])
-        total += product.sum(0, dtype=total.dtype)
+        total += product.sum(0, dtype=dtype)
     return total

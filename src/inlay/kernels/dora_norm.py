@@ -9,9 +9,10 @@ from .lora_linear import outside_autocast
 
 _BLOCK_ELEMENTS_ON_CPU = 1 << 17
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
-# Rows of which less than this share of the squares survives are summed again directly: in the expansion
-# below, what rounding leaves of the larger terms would be a visible part of them.
-_CANCELLED_SHARE = 0.1
+# Rows shorter than this share of ||w||^2 are summed again directly: they are all those of which less than a tenth of
+# the squares survives, and in the expansion below what rounding leaves of the rest would be a visible part of them.
+# (With ||s BA|| = q ||w|| what survives is at least (1 - q)^2 / (1 + q^2), below a tenth only for q < 1.6.)
+_CANCELLED_SHARE = 0.36
 
 
 @torch.no_grad()
@@ -34,10 +35,10 @@ def dora_norm(
     with outside_autocast(weight):
         if weight.device.type != "cpu":
             return _direct_squares(weight, a, b, scale).sqrt_()
-        own = ((b @ (a @ a.T)) * b).sum(1).mul_(scale * scale)
         base = row_norm_squares(weight) if row_norm_sq is None else row_norm_sq.to(dtype)
-        squares = (_times(weight, a.T) * b).sum(1).mul_(2.0 * scale).add_(base).add_(own)
-        cancelled = (squares < _CANCELLED_SHARE * (base + own)).nonzero().squeeze(1)
+        thin = _times(weight, a.T)
+        squares = (thin.addmm_(b, a @ a.T, beta=2.0 * scale, alpha=scale * scale) * b).sum(1).add_(base)
+        cancelled = (squares < _CANCELLED_SHARE * base).nonzero().squeeze(1)
         if cancelled.numel():
             squares[cancelled] = _direct_squares(weight[cancelled], a, b[cancelled], scale)
         return squares.sqrt_()

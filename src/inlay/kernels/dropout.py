@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _LEVELS = 256
+_FEW = 1 << 12
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,8 +27,8 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
-    # Bytes cannot express a threshold above all of them.
-    if x.device.type != "cpu" or p * _LEVELS > _LEVELS - 1:
+    # Bytes cannot express a threshold above all of them, and for few elements the direct way has fewer calls.
+    if x.device.type != "cpu" or x.numel() < _FEW or p * _LEVELS > _LEVELS - 1:
         return torch.empty(rows, columns, dtype=torch.int8, device=x.device).bernoulli_(1.0 - p).neg_()
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64)
     # From the lowest int64 without an upper end: the only call that fills all 64 bits of a word.

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, plain_dropped
-from .low_rank import add_delta, differentiable_grads, linear_grads, linear_output, project, rows_of
+from .low_rank import (
+    add_delta,
+    any_gradient,
+    differentiable_grads,
+    in_dtype,
+    linear_grads,
+    linear_output,
+    project,
+    rows_of,
+)
 
 
 def lora_linear(
@@ -58,6 +67,8 @@ def lora_linear(
     if torch.compiler.is_compiling():
         return plain_lora_linear(x, weight, bias, a, b, keep, gain)
     with outside_autocast(x):
+        if not any_gradient(x, weight, bias, a, b):
+            return _values(x, weight, bias, a, b, keep, gain)[0]
         y: Tensor = _LoraLinear.apply(x, weight, bias, a, b, keep, gain)  # type: ignore[no-untyped-call]
     return y
 
@@ -84,6 +95,17 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def _values(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, gain: float
+) -> tuple[Tensor, Tensor]:
+    """Y and S[n, r]."""
+    rows = rows_of(x)
+    s = project(rows, in_dtype(a, x), keep)
+    y, y_rows = linear_output(x, rows, weight, bias)
+    add_delta(y_rows, s, in_dtype(b, y), gain)
+    return y, s
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,10 +118,7 @@ class _LoraLinear(torch.autograd.Function):
         keep: Tensor | None,
         gain: float,
     ) -> Tensor:
-        rows = rows_of(x)
-        s = project(rows, a.to(x.dtype), keep)
-        y, y_rows = linear_output(x, rows, weight, bias)
-        add_delta(y_rows, s, b.to(y.dtype), gain)
+        y, s = _values(x, weight, bias, a, b, keep, gain)
         _, weight_needed, _, a_needed, b_needed = ctx.needs_input_grad[:5]
         kept_x = x if weight_needed or a_needed else None
         ctx.save_for_backward(kept_x, weight, bias, a, b, keep, s if b_needed else None)

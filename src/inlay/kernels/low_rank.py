@@ -18,11 +18,29 @@ from .dropout import clear_dropped_, copy_kept_
 
 # Half of a common second-level cache: smaller blocks lose more to the cost of a call than they gain in cache.
 _BLOCK_BYTES_PER_THREAD = 1 << 19
+# A thin matrix of fewer elements is multiplied before it could be copied.
+_WORTH_A_COPY = 1 << 12
+
+
+def any_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a function of these tensors is recorded for backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_dtype(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of another; `Tensor.to` takes longer to find out that there is nothing to do."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def rows_of(wide: Tensor) -> Tensor:
     """wide[..., k] as a dense matrix [n, k]."""
-    return wide.reshape(-1, wide.shape[-1]).contiguous()
+    rows = wide if wide.dim() == 2 else wide.reshape(-1, wide.shape[-1])
+    return rows.contiguous()
+
+
+def scaled_product(gain: float, p: Tensor, q: Tensor) -> Tensor:
+    """Gain * p q, without a pass of its own for the factor."""
+    return p @ q if gain == 1.0 else torch.addmm(p.new_empty(1), p, q, beta=0, alpha=gain)
 
 
 def linear_output(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -30,6 +48,9 @@ def linear_output(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) 
 
     y itself is no view: autograd forbids in-place operations on a view that a custom function returns.
     """
+    if x.dim() == 2:
+        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        return y, y
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     y_rows = y.view(-1, weight.shape[0])
     if bias is None:
@@ -45,6 +66,8 @@ def project(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
     columns = a.T.contiguous() if a.element_size() == 2 else a.T
     if keep is None:
         return _thin(x @ columns)
+    if x.shape[0] <= block_rows(x):
+        return _thin(copy_kept_(torch.empty_like(x), x, keep) @ columns)
     s = x.new_empty(x.shape[0], a.shape[0])
     for rows, dropped in _dropped_blocks(x, keep):
         torch.mm(dropped, columns, out=s[rows])
@@ -74,38 +97,39 @@ def linear_grads(
     dx = dw = da = db = None
     x = None if x is None else rows_of(x)
     # In this order a product finds the wide operand of the one before it in cache.
-    ds = _thin(dy @ b.to(dy.dtype)) if needed[0] or needed[3] else None
+    ds = _thin(scaled_product(gain, dy, in_dtype(b, dy))) if needed[0] or needed[3] else None
     if needed[4]:
         assert s is not None
-        db = (s.T @ dy).mul_(gain).T.to(b.dtype)
+        db = in_dtype(scaled_product(gain, s.T, dy).T, b)
     if needed[0]:
         assert ds is not None
-        dx = _grad_of_input(dy, weight, ds, a.to(dy.dtype), keep, gain)
+        dx = _grad_of_input(dy, weight, ds, in_dtype(a, dy), keep)
     if needed[3]:
         assert ds is not None and x is not None
-        da = _grad_of_a(ds, x, keep).mul_(gain).to(a.dtype)
+        da = in_dtype(_grad_of_a(ds, x, keep), a)
     if needed[1]:
         assert x is not None
         dw = dy.T @ x
     return dx, dw, da, db
 
 
-def _grad_of_input(
-    dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, keep: Tensor | None, gain: float
-) -> Tensor:
+def _grad_of_input(dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
+    """DY W + K(dS A) for dS that has its gain."""
     if keep is None:
-        return (dy @ weight).addmm_(ds, a, alpha=gain)
+        return (dy @ weight).addmm_(ds, a)
     # The thin product first: masked while it is in cache, it costs the wide product only an accumulation.
     dx = dy.new_empty(dy.shape[0], a.shape[1])
     scratch = scratch_for(dx)
     for rows in row_blocks(dx):
         clear_dropped_(torch.mm(ds[rows], a, out=dx[rows]), keep[rows], scratch)
-    return dx.addmm_(dy, weight, beta=gain)
+    return dx.addmm_(dy, weight)
 
 
 def _grad_of_a(ds: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return ds.T @ x
+    if x.shape[0] <= block_rows(x):
+        return ds.T @ copy_kept_(torch.empty_like(x), x, keep)
     # Partial sums in bf16 would lose what one long product keeps in its fp32 accumulator.
     dtype = torch.promote_types(x.dtype, torch.float32)
     da = torch.zeros(ds.shape[1], x.shape[1], dtype=dtype, device=x.device)
@@ -116,7 +140,7 @@ def _grad_of_a(ds: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
 
 def _thin(s: Tensor) -> Tensor:
     """s[n, r], stored by columns: products of it with wide tensors take 10 to 40 % less time than by rows."""
-    return s.T.contiguous().T
+    return s if s.numel() < _WORTH_A_COPY else s.T.contiguous().T
 
 
 def _dropped_blocks(x: Tensor, keep: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -128,16 +152,17 @@ def _dropped_blocks(x: Tensor, keep: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of x[n, k]: cache-sized on a CPU, all rows at once elsewhere."""
-    rows, step = x.shape[0], _block_rows(x)
+    rows, step = x.shape[0], block_rows(x)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def scratch_for(x: Tensor) -> Tensor:
-    return x.new_empty(min(_block_rows(x), x.shape[0]), x.shape[1])
+    return x.new_empty(min(block_rows(x), x.shape[0]), x.shape[1])
 
 
-def _block_rows(x: Tensor) -> int:
+def block_rows(x: Tensor) -> int:
+    """How many rows of x[n, k] a block has."""
     if x.device.type != "cpu":
         return max(x.shape[0], 1)
     row_bytes = max(x.shape[1], 1) * x.element_size()

@@ -20,7 +20,7 @@ from ..kernels.dora_linear import dora_linear, excess_gain
 from ..kernels.dora_norm import dora_norm, row_norm_squares
 from ..kinds import Experts, LayerKind
 from ..method import Column, Method, Slot
-from .lora import Lora, LoraConfig, dropout_now, factors, fused_inputs
+from .lora import Lora, LoraConfig, dropout_now, factors, fused_inputs, stored_factors
 
 LORA = Lora()
 
@@ -109,12 +109,7 @@ def row_norm(slot: Slot, w: Tensor, squares: Tensor | None = None) -> Tensor:
 def _current_norm(slot: Slot) -> Tensor:
     """Return the norm for the base weight; outside training, from the cache while nothing it depends on has changed."""
     w = slot.weight()
-    parts = [w, *(p for name, p in slot.parameters().items() if "magnitude" not in name)]
-    if (
-        torch.compiler.is_compiling()
-        or isinstance(slot.kind, Experts)
-        or any(p.is_inference() for p in parts)
-    ):
+    if torch.compiler.is_compiling() or isinstance(slot.kind, Experts) or w.is_inference():
         return row_norm(slot, w)
     of_base = (w.data_ptr(), w._version)
     if slot.cache.get("of_base") != of_base:
@@ -122,7 +117,10 @@ def _current_norm(slot: Slot) -> Tensor:
     if slot.layer.training:
         slot.cache["key"] = None
         return row_norm(slot, w, slot.cache["squares"])
-    key = (slot["scaling"], *((p.data_ptr(), p._version) for p in parts))
+    pair = stored_factors(slot)
+    if any(p.is_inference() for p in pair):
+        return row_norm(slot, w, slot.cache["squares"])
+    key = (slot["scaling"], of_base, *((p.data_ptr(), p._version) for p in pair))
     if slot.cache["key"] != key:
         slot.cache.update(key=key, norm=row_norm(slot, w, slot.cache["squares"]))
     norm: Tensor = slot.cache["norm"]

@@ -239,14 +239,16 @@ def factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
     if slot.owner is not None:
         down, up, _ = factors(slot.owner, dtype)
         return up.mT, down.mT, None
-    if "lora_A" not in slot.columns:
-        return slot["lora_embedding_A"].to(dtype), slot["lora_embedding_B"].to(dtype), None
-    up = slot["lora_B"]
-    return (
-        slot["lora_A"].weight.to(dtype),
-        up.weight.to(dtype),
-        None if up.bias is None else up.bias.to(dtype),
-    )
+    down, up = stored_factors(slot)
+    bias = slot["lora_B"].bias if "lora_B" in slot.columns else None
+    return down.to(dtype), up.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def stored_factors(slot: Slot) -> tuple[Tensor, Tensor]:
+    """Return the weights of A and B as they are kept."""
+    if "lora_A" in slot.columns:
+        return slot["lora_A"].weight, slot["lora_B"].weight
+    return slot["lora_embedding_A"], slot["lora_embedding_B"]
 
 
 def dropout_now(slot: Slot) -> float:
