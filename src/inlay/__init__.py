@@ -24,16 +24,37 @@ _WHERE = {
     "kbit": "prepare_model_for_kbit_training",
     "layer": "AdaptedLayer",
     "method": "METHODS Method Slot",
+    "methods.adalora.config": "AdaLoraConfig",
+    "methods.bitfit": "BitFitConfig",
+    "methods.ia3": "IA3Config",
+    "methods.ln_tuning": "LNTuningConfig",
+    "methods.loha": "LoHaConfig",
+    "methods.lokr": "LoKrConfig",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.oft": "OFTConfig",
+    "methods.shira": "ShiraConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
     "peft_model": "PeftModel",
+    "ranks": "draw_ranks rank_report write_rank_report",
+    "methods.shira.calibration": "calibrate_shira",
+    "methods.shira.overlap": "MaskOverlap ShiraOverlap shira_overlap",
     "status": "get_layer_status get_model_status",
     "tasks": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
     "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
+    "training.freezing": "FreezeReport freeze_delta freeze_from_config freeze_modules",
+    "training.r_drop": "RDropLoss rdrop_repeat",
+    "training.trainable_checkpoint": "TrainableParamsCheckpoint",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 _ALIASES = {
+    "AdaLoraModel": "AdaptedModel",
+    "IA3Model": "AdaptedModel",
+    "LNTuningModel": "AdaptedModel",
+    "LoHaModel": "AdaptedModel",
+    "LoKrModel": "AdaptedModel",
     "LoraModel": "AdaptedModel",
+    "OFTModel": "AdaptedModel",
+    "ShiraModel": "AdaptedModel",
     "LoraLayer": "AdaptedLayer",
     "BaseTuner": "AdaptedModel",
     "BaseTunerLayer": "AdaptedLayer",
@@ -87,10 +108,25 @@ if TYPE_CHECKING:
     from .method import METHODS as METHODS
     from .method import Method as Method
     from .method import Slot as Slot
+    from .methods.adalora.config import AdaLoraConfig as AdaLoraConfig
+    from .methods.bitfit import BitFitConfig as BitFitConfig
+    from .methods.ia3 import IA3Config as IA3Config
+    from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
+    from .methods.loha import LoHaConfig as LoHaConfig
+    from .methods.lokr import LoKrConfig as LoKrConfig
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .methods.oft import OFTConfig as OFTConfig
+    from .methods.shira import ShiraConfig as ShiraConfig
+    from .methods.shira.calibration import calibrate_shira as calibrate_shira
+    from .methods.shira.overlap import MaskOverlap as MaskOverlap
+    from .methods.shira.overlap import ShiraOverlap as ShiraOverlap
+    from .methods.shira.overlap import shira_overlap as shira_overlap
     from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .peft_model import PeftModel as PeftModel
+    from .ranks import draw_ranks as draw_ranks
+    from .ranks import rank_report as rank_report
+    from .ranks import write_rank_report as write_rank_report
     from .status import get_layer_status as get_layer_status
     from .status import get_model_status as get_model_status
     from .tasks import PeftModelForCausalLM as PeftModelForCausalLM
@@ -101,6 +137,15 @@ if TYPE_CHECKING:
     from .tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tasks import get_peft_model as get_peft_model
     from .tasks import inject_adapter_in_model as inject_adapter_in_model
+    from .training.freezing import FreezeReport as FreezeReport
+    from .training.freezing import freeze_delta as freeze_delta
+    from .training.freezing import freeze_from_config as freeze_from_config
+    from .training.freezing import freeze_modules as freeze_modules
+    from .training.r_drop import RDropLoss as RDropLoss
+    from .training.r_drop import rdrop_repeat as rdrop_repeat
+    from .training.trainable_checkpoint import TrainableParamsCheckpoint as TrainableParamsCheckpoint
 
-    BaseTuner = LoraModel = AdaptedModel
+    AdaLoraModel = BaseTuner = IA3Model = LNTuningModel = LoHaModel = LoKrModel = LoraModel = OFTModel = (
+        ShiraModel
+    ) = AdaptedModel
     BaseTunerLayer = LoraLayer = AdaptedLayer

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import PeftConfig
@@ -15,7 +15,7 @@ from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
 from .injection import inject, remove, resolve
 from .kinds import Conv1D
 from .layer import AdaptedLayer
-from .method import Slot
+from .method import Method, Slot
 from .replication import replicate_layers
 from .switch import Switch
 from .tied import note_untied
@@ -50,11 +50,13 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.model = model
         self._wrapped: list[nn.Module] | None = None  # the wrappers of the model, until they change
+        self.methods: dict[str, Method] = {}  # of each adapter
         present = next((w for _, w in wrappers(model)), None)
         self.switch: Switch = Switch() if present is None else _switch_of(present)
         self.peft_config: dict[str, PeftConfig] = (
             dict(getattr(model, "peft_config", {})) if present is not None else {}
         )
+        self.methods = {name: next(self.own_slots(name)).method for name in self.peft_config}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -109,7 +111,7 @@ class AdaptedModel(nn.Module):
             raise
         if hasattr(config, "fan_in_fan_out"):  # other readers of the file take the layout from it
             config.fan_in_fan_out = any(isinstance(slot.kind, Conv1D) for slot in slots)
-        self.peft_config[name] = config
+        self.peft_config[name], self.methods[name] = config, slots[0].method
         if len(self.peft_config) == 1:
             self.set_adapter(name, inference_mode=config.inference_mode)
         else:
@@ -160,6 +162,11 @@ class AdaptedModel(nn.Module):
             if name in layer.slots:
                 yield layer.slots[name]
 
+    def own_slots(self, name: str) -> Iterator[Slot]:
+        """Yield the slots of an adapter's own method: without token rows, and without twins that have no parameters."""
+        config = self.peft_config[name]
+        yield from (slot for slot in self.slots(name) if slot.config is config and slot.owner is None)
+
     def layers(self) -> Iterator[AdaptedLayer]:
         """Yield the adapted layers in the order of the model's modules."""
         yield from (w for w in self._wrappers() if isinstance(w, AdaptedLayer))
@@ -188,7 +195,7 @@ class AdaptedModel(nn.Module):
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
         self._wrapped = None
-        del self.peft_config[adapter_name]
+        del self.peft_config[adapter_name], self.methods[adapter_name]
         left = (
             tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
         )
@@ -232,6 +239,55 @@ class AdaptedModel(nn.Module):
                     PeftWarning,
                     stacklevel=3,
                 )
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def penalised(self) -> bool:
+        """Whether an active adapter's method may add to the loss."""
+        setting = self.switch.now()
+        return setting.enabled and any(
+            type(self.methods[n]).penalty is not Method.penalty for n in setting.active
+        )
+
+    def penalty(self) -> Tensor | float:
+        """Return what the active adapters add to the training loss, 0-d; 0.0 where they add nothing.
+
+        ``PeftModel.forward`` adds it to ``outputs.loss`` in training; a loop that computes the loss itself adds it there.
+        """
+        total: Tensor | float = 0.0
+        for name in self.switch.now().active if self.penalised else ():
+            term = self.methods[name].penalty(list(self.own_slots(name)))
+            total = total if term is None else total + term
+        return total
+
+    def stepping_adapters(self) -> list[str]:
+        """Return the active adapters that are trained and act after each optimizer step."""
+        return [
+            name
+            for name in self.active_adapters
+            if self.methods[name].steps() and any(p.requires_grad for p in self.adapter_parameters(name))
+        ]
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let the active adapters act after an optimizer step, such as AdaLoRA's rank budget.
+
+        Call it after ``optimizer.step()`` and before ``zero_grad()``, once per optimizer step.
+
+        Args:
+            global_step: number of optimizer steps before this one.
+
+        Raises:
+            ValueError: no active adapter that is trained needs it, or there are no gradients.
+        """
+        names = self.stepping_adapters()
+        if not names:
+            raise ValueError(
+                f"none of the active adapters {self.active_adapters} is trained with a method that acts after optimizer "
+                "steps, such as AdaLoRA; leave the call out"
+            )
+        for name in names:
+            self.methods[name].step(list(self.own_slots(name)), global_step)
 
     # ------------------------------------------------------------------ merging
 

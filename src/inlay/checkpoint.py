@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -24,6 +24,7 @@ from .errors import AdapterFileError, PeftWarning
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
+from .slots import BufferDict
 from .targets import embedding_ends, model_config
 from .walk import Place, places, unwrapped, wrappers
 
@@ -68,6 +69,9 @@ def get_peft_model_state_dict(
         keys.setdefault(name, name)
     if state_dict is None:
         live = _tensors(model) | _before_merging(model)
+        live |= {
+            name: layer.inside.base() for name, layer in _holding(model) if name in keys and layer.inside
+        }
         return {disk: live[memory].detach() for memory, disk in keys.items()}
     if lacking := sorted(keys.keys() - state_dict.keys()):
         raise AdapterFileError(f"the given state_dict lacks {lacking} of adapter {adapter_name!r}")
@@ -115,6 +119,9 @@ def set_peft_model_state_dict(
             "the state does not fit the model (size mismatch); nothing was loaded:\n  " + "\n  ".join(lines)
         )
     fitting = {d: m for d, m in wanted.items() if m is not None and (d, m) not in wrong}
+    for name, layer in _holding(model):
+        if name in fitting.values() and layer.inside is not None:
+            layer.inside.leave()
     with torch.no_grad():
         for disk, name in fitting.items():
             present, value = live[name], peft_model_state_dict[disk]
@@ -142,6 +149,14 @@ def _before_merging(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _holding(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Yield the layers in whose base weight an adapter's values stand, with that weight's name."""
+    prefix, bare = _bare_model(model)
+    for path, w in wrappers(bare):
+        if isinstance(w, AdaptedLayer) and w.inside is not None and w.inside.entered:
+            yield f"{prefix}{path}{unwrapped(w)[1]}.{w.kind.param}", w
+
+
 def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
     """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
     owner_path = names[0].rpartition(".")[0]
@@ -153,14 +168,16 @@ def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor)
         if isinstance(layer, AdaptedLayer)
         else next(layer.original_module.parameters()).device
     )
-    parameter = nn.Parameter(value.to(device, present.dtype), requires_grad=present.requires_grad)
+    new = value.to(device, present.dtype)
+    if isinstance(present, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=present.requires_grad)
     for name in names:
         path, _, attribute = name.rpartition(".")
         owner: Any = model.get_submodule(path)
-        if isinstance(owner, nn.ParameterDict):
-            owner[attribute] = parameter
+        if isinstance(owner, (nn.ParameterDict, BufferDict)):
+            owner[attribute] = new
         else:
-            setattr(owner, attribute, parameter)
+            setattr(owner, attribute, new)
 
 
 def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
@@ -185,7 +202,7 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             slot = wrapper.slots[adapter_name]
             # A twin's parameters are its owner's; PEFT repeats them where the method itself adapts both.
             repeated = slot.owner is not None and slot.config is not configs[adapter_name]
-            for name in () if repeated else slot.parameters():
+            for name in () if repeated else slot.saved():
                 column, _, rest = name.partition(".")
                 disk = _respell(name, slot.method.on_disk)
                 keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = (

@@ -34,6 +34,14 @@ class PeftType(str, Enum):
     """Names of the built-in methods. A method from elsewhere is known by the plain string it registered."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    SHIRA = "SHIRA"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    BITFIT = "BITFIT"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
 

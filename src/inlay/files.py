@@ -19,6 +19,8 @@ from .errors import AdapterFileError
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+STATE_NAME = "adapter_state.safetensors"
+"""What a method remembers in the middle of training. PEFT does not know this file and does not read it."""
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
@@ -82,6 +84,36 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], safe_serialization: 
         torch.save(plain, buffer)
         target, content = folder / WEIGHTS_NAME, buffer.getvalue()
     write_atomically(target, lambda path: path.write_bytes(content))
+
+
+def write_state(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write what a method remembers in the middle of training; where that is nothing, no file is left."""
+    target = folder / STATE_NAME
+    if not state:
+        target.unlink(missing_ok=True)
+        return
+    content = save({key: value.detach().cpu().contiguous() for key, value in sorted(state.items())})
+    write_atomically(target, lambda path: path.write_bytes(content))
+
+
+def read_state(
+    model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """Return what ``write_state`` wrote, empty where there is no such file.
+
+    Raises:
+        AdapterFileError: the file is truncated.
+    """
+    try:
+        path = locate(model_id, STATE_NAME, subfolder=subfolder, **hub)
+    except ValueError:
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be read ({_first_line(error)}); delete it to go on without what it remembers"
+        ) from error
 
 
 def locate(model_id: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -12,6 +12,7 @@ from torch import nn
 from .config import PeftConfig
 from .errors import NoMatchingPeftModuleError
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
+from .in_weight import mark_shared
 from .kinds import Linear, kind_of, supported_layers
 from .layer import AdaptedLayer
 from .method import Method, Slot, method_by_name
@@ -20,7 +21,7 @@ from .switch import Switch
 from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
-from .walk import Place, adapted_layers, places, unwrapped
+from .walk import Place, adapted_layers, places, places_to_adapt, unwrapped
 
 
 @dataclass
@@ -37,20 +38,9 @@ class Plan:
 def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
-    if settled.target_modules is None:
-        method = method_by_name(config.method_name())()
-        settled.target_modules = method.default_targets(
-            model, not getattr(settled, "target_parameters", None)
-        )
-    elif settled.target_modules == ALL_LINEAR:
-        known = places(model)
-        saved = find_saved(known, getattr(settled, "modules_to_save", None) or ())
-        inside = tuple(f"{path}." for path in saved)
-        settled.target_modules = {
-            path
-            for path in _linear_paths(model, known, settled.task_type)
-            if not f"{path}.".startswith(inside)
-        }
+    method_by_name(config.method_name())().complete(settled, model)
+    if settled.target_modules == ALL_LINEAR:
+        settled.target_modules = set(_linear_paths(model, places_to_adapt(model, settled), settled.task_type))
     return settled
 
 
@@ -204,6 +194,8 @@ def inject(
             _save_whole(place, name, switch)
         if getattr(config, "ensure_weight_tying", False):
             tie_copies(chosen.saved, name)
+        if chosen.method.in_weight:
+            mark_shared(model, [slot.layer for slot in slots])
         for slot in slots:
             _settle(slot, initialise, full_precision)
     except BaseException:
@@ -224,6 +216,8 @@ def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
                 entry.to("meta")
             elif isinstance(entry, nn.Parameter):
                 slot.layer.column(column)[slot.name] = nn.Parameter(entry.to("meta"))
+            elif isinstance(entry, torch.Tensor) and column in slot.method.saved_buffers:
+                slot.layer.column(column)[slot.name] = entry.to("meta")
     if full_precision:
         for p in slot.parameters().values():
             if p.dtype in (torch.float16, torch.bfloat16):

@@ -3,6 +3,7 @@
 What each adapter does is up to its ``Method``; where adapters and their parameters are kept is in ``slots.py``. Adapters
 that are on are applied by the fastest path that they all have:
 
+    values in the weight            base_layer(x)                        as it is; see in_weight.py
     one adapter, plain layer        method.fused(x)                      base product and delta in one function
     additive adapters               after(x, base_layer(before(x)))      deltas are added to the output
     anything else                   base_layer with merge(W, b)          right by definition
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .config import PeftConfig
+from .in_weight import InWeight
 from .kinds import LayerKind
-from .method import Slot
+from .method import Method, Slot
 from .slots import SlottedLayer
 from .stores import store_of
 from .switch import BASE, Switch
@@ -41,6 +44,7 @@ class AdaptedLayer(SlottedLayer):
         self.read_through = read_through
         self.store = store_of(base_layer, kind.param)
         self.originals: dict[str, nn.Parameter] = {}  # base parameters that merging replaced
+        self.inside: InWeight | None = None  # values that stand in the base weight itself
         self.train(base_layer.training)
 
     # ------------------------------------------------------------------ forward
@@ -53,9 +57,19 @@ class AdaptedLayer(SlottedLayer):
         if self.merged_adapters and not setting.enabled:
             return self._run_with(self.originals, x, *args, **kwargs)
         slots = self.live_slots(setting)
-        return self._run(slots, x, *args, **kwargs) if slots else self.base_layer(x, *args, **kwargs)
+        if slots or self.inside is not None:
+            return self._run(slots, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
 
     def _run(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.inside is not None:
+            return self.inside.run(slots, x, *args, **kwargs)
+        return self._run_beside(slots, x, *args, **kwargs)
+
+    def _run_beside(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer where its weight is the base weight."""
+        if not slots:
+            return self.base_layer(x, *args, **kwargs)
         if not self.kind.direct or not _compose_on_activations(slots):
             return self._run_merged(slots, x, *args, **kwargs)
         first, rest = slots[0], slots[1:]
@@ -90,7 +104,7 @@ class AdaptedLayer(SlottedLayer):
 
     def _run_with(self, tensors: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with other weights, leaving it untouched."""
-        if self.kind.direct and (self.kind.standard or not self.store.plain):
+        if self.kind.direct and (self._is_bare() or not self.store.plain):
             w, b = tensors[self.kind.param], tensors.get(self.kind.bias, self.base_bias())
             return self.kind.apply(x, self.kind.matrix(w), b)
         prefix = "base_layer." * _depth(self.base_layer)
@@ -100,7 +114,7 @@ class AdaptedLayer(SlottedLayer):
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run each sample through its own adapter. Rows of one sample stay together, as in ``[batch * beams, ...]``."""
-        if not self.kind.direct or args or kwargs:
+        if not self.kind.by_rows or args or kwargs:
             raise ValueError(
                 f"adapter_names is not supported on {type(self.base_layer).__name__} layers; run one adapter at a time"
             )
@@ -116,14 +130,39 @@ class AdaptedLayer(SlottedLayer):
         rows = x.index_select(0, permutation)
         for name in sorted(set(names)):
             part = rows[start : start + names.count(name)]
-            parts.append(self.base_layer(part) if name == BASE else self._run([self.slots[name]], part))
+            parts.append(self._run([] if name == BASE else [self.slots[name]], part))
             start += len(part)
         return torch.cat(parts).index_select(0, permutation.argsort())
+
+    # ------------------------------------------------------------------ adapters in the weight
+
+    def add(self, name: str, method: Method, config: PeftConfig, path: str) -> Slot:
+        slot = super().add(name, method, config, path)
+        if method.in_weight and self.inside is None:
+            self.inside = InWeight(self)
+            self.register_load_state_dict_post_hook(_adopt_loaded)  # type: ignore[no-untyped-call]
+        return slot
+
+    def remove(self, name: str) -> None:
+        if self.inside is not None:
+            self.inside.leave()
+        super().remove(name)
+        if not any(slot.method.in_weight for slot in self.slots.values()):
+            self.inside = None
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Set training or evaluation mode; values are looked at anew afterwards."""
+        super().train(mode)
+        if self.inside is not None:
+            self.inside.stale = True
+        return self
 
     # ------------------------------------------------------------------ the base layer
 
     def base_matrix(self) -> Tensor:
         """Return the base weight as the canonical matrix W[..., out, in]."""
+        if self.inside is not None:
+            return self.kind.matrix(self.inside.base())
         return self.kind.matrix(self.store.read(self.host, self.kind.param))
 
     def set_base_matrix(self, w: Tensor, name: str) -> None:
@@ -179,6 +218,8 @@ class AdaptedLayer(SlottedLayer):
                 f"adapter_names is not supported on {type(self.host).__name__} layers whose weight is read, not called"
             )
         slots = self.live_slots(setting)
+        if self.inside is not None and name == self.kind.param and (w := self.inside.read(slots)) is not None:
+            return w
         return self.adapted_tensors(slots).get(name, present) if slots else present
 
     # ------------------------------------------------------------------ merging
@@ -215,6 +256,8 @@ class AdaptedLayer(SlottedLayer):
         Raises:
             ValueError: ``safe_merge`` found weights that are not finite.
         """
+        if self.inside is not None:
+            self.inside.leave()
         names = self.setting().active if adapter_names is None else adapter_names
         slots = [self.slots[n] for n in names if n in self.slots and n not in self.merged_adapters]
         if not slots:
@@ -244,6 +287,8 @@ class AdaptedLayer(SlottedLayer):
 
     def unmerge(self) -> None:
         """Put the base layer's own parameters back, bit for bit."""
+        if self.inside is not None:
+            self.inside.leave()
         for key, parameter in self.originals.items():
             self._install(key, parameter)
         self.originals, self.merged_adapters = {}, []
@@ -252,6 +297,8 @@ class AdaptedLayer(SlottedLayer):
         if key == self.kind.param:
             self.kind.adjust(self.host, parameter)
         setattr(self.host, key, parameter)
+        if self.inside is not None and key == self.kind.param:
+            self.inside.adopt()
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -265,13 +312,40 @@ class AdaptedLayer(SlottedLayer):
         slot = self.slots[adapter]
         return self.kind.native(slot.method.delta(slot))
 
+    # ------------------------------------------------------------------ what the rest of PyTorch does to modules
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        if self.inside is not None:
+            self.inside.leave()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.inside is not None and not self.merged_adapters:
+            self.inside.adopt()
         for name, p in self.originals.items():
             self.originals[name] = p if p is None else nn.Parameter(fn(p.data), requires_grad=p.requires_grad)
         for slot in self.slots.values():
             slot.cache.clear()
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.inside is not None:  # the base layer saves its weight after this
+            self.inside.withdraw()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.inside is not None:
+            self.inside.leave()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.inside is not None:
+            self.inside.leave()
+        return self.__dict__.copy()
+
+
+def _adopt_loaded(layer: AdaptedLayer, _: Any) -> None:
+    """After loading a state: ``assign=True`` has put another parameter into the base layer."""
+    if layer.inside is not None and not layer.merged_adapters:
+        layer.inside.adopt()
 
 
 def _depth(layer: nn.Module) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method]] = {}
 """Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""
 
-Column = nn.Module | nn.Parameter | float | int | bool | None
+Column = nn.Module | nn.Parameter | Tensor | float | int | bool | None
 
 
 class Slot:
@@ -39,8 +39,11 @@ class Slot:
     is the view of one adapter across them.
     """
 
-    def __init__(self, layer: AdaptedLayer, name: str, method: Method, config: PeftConfig) -> None:
+    def __init__(
+        self, layer: AdaptedLayer, name: str, method: Method, config: PeftConfig, path: str = ""
+    ) -> None:
         self.layer, self.name, self.method, self.config = layer, name, method, config
+        self.path = path  # the layer's name in the model, as ``build`` was told
         self.columns: list[str] = []
         self.owner: Slot | None = (
             None  # the slot whose parameters these are, where two tied layers share them
@@ -82,10 +85,15 @@ class Slot:
                 found[column] = entry
         return found
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return what an adapter's file holds of this slot: its parameters, and the buffers that the method names."""
+        return {**self.parameters(), **{c: self[c] for c in self.method.saved_buffers if c in self.columns}}
+
 
 class Method:
-    """How an adapter changes what one layer computes. Stateless: what it trains lives in the layer, seen as a ``Slot``.
+    """How an adapter changes what one layer computes. What it trains lives in the layers, each seen as a ``Slot``.
 
+    One object serves all layers of one adapter, and keeps nothing but what ``step`` remembers.
     A subclass registers itself: ``class Lora(Method, name="LORA")``.
     """
 
@@ -96,6 +104,10 @@ class Method:
     """Whether an adapted embedding is saved whole beside the adapter, as PEFT does for most methods."""
     on_disk: ClassVar[dict[str, str]] = {}
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
+    saved_buffers: ClassVar[tuple[str, ...]] = ()
+    """Columns of plain tensors that an adapter's file holds beside the parameters."""
+    in_weight: ClassVar[bool] = False
+    """Whether ``entries`` says all that ``merge`` does, so that the values may stand in the base weight itself."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,7 +115,7 @@ class Method:
             METHODS[name] = cls
 
     def build(self, kind: LayerKind, config: Any, path: str) -> dict[str, Column]:
-        """Return the new columns of one layer: modules, parameters, and plain numbers such as a scale.
+        """Return the new columns of one layer: modules, parameters, tensors (kept as buffers), and plain numbers such as a scale.
 
         Args:
             kind: geometry of the layer; new parameters go to its device and dtype.
@@ -138,6 +150,45 @@ class Method:
         """Return the adapted weight ``W'[..., out, in]`` and bias ``b'[out]``, without changing the given ones."""
         raise NotImplementedError
 
+    def entries(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        """Return where and how much an ``in_weight`` adapter adds to the base weight.
+
+        Returns:
+            ``indices[2, n]``, rows and columns of the canonical matrix with its leading axes flattened, each pair once; and
+            ``values[n]``, with the adapter's gradient.
+        """
+        raise NotImplementedError
+
+    def penalty(self, slots: Sequence[Slot]) -> Tensor | None:
+        """Return a term that is added to the training loss, 0-d, over all layers of an adapter; None for no term."""
+        return None
+
+    def step(self, slots: Sequence[Slot], step: int) -> None:
+        """Act on the whole adapter after an optimizer's step, while its gradients are still there.
+
+        Args:
+            slots: the adapter's slots on all layers.
+            step: number of optimizer steps before this one.
+        """
+
+    def state(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        """Return what ``step`` remembers between steps, so that a run can be resumed; empty where that is nothing."""
+        return {}
+
+    def load_state(self, slots: Sequence[Slot], state: dict[str, Tensor]) -> None:
+        """Take up again what ``state`` returned.
+
+        Raises:
+            ValueError: the state belongs to another adapter; nothing is changed then.
+        """
+
+    def fit(self, slot: Slot, config: Any) -> None:
+        """Give a slot the shapes that a saved configuration asks for, whose values are about to be loaded."""
+
+    def pack(self, slot: Slot, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a file holds of a slot, by column, given what the slot holds."""
+        return tensors
+
     def follows_tying(self, config: Any) -> bool:
         """Whether a layer whose weight is tied to an adapted one gets a twin slot, without parameters of its own."""
         return False
@@ -146,7 +197,17 @@ class Method:
         """Make a slot on a tied layer use the parameters of ``owner`` instead of those that ``build`` made."""
         raise NotImplementedError
 
-    def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
+    def complete(self, config: Any, model: nn.Module) -> None:
+        """Fill in, in place, what the user left open and what depends on the model, such as the modules to adapt.
+
+        Raises:
+            ValueError: there is nothing usual for this model.
+        """
+        if config.target_modules is None:
+            required = not getattr(config, "target_parameters", None)
+            config.target_modules = self.default_targets(config, model, required)
+
+    def default_targets(self, config: Any, model: nn.Module, required: bool) -> Collection[str] | str | None:
         """Return the modules to adapt where the user names none.
 
         Raises:
@@ -171,6 +232,11 @@ class Method:
     def works_on_activations(cls) -> bool:
         """Whether the method has a path besides ``merge``."""
         return cls.before is not Method.before or cls.after is not Method.after
+
+    @classmethod
+    def steps(cls) -> bool:
+        """Whether the method acts after each optimizer step."""
+        return cls.step is not Method.step
 
 
 def method_by_name(name: str) -> type[Method]:

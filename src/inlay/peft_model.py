@@ -73,6 +73,9 @@ class PeftModel(SavedModel):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the base model with the adapters that are on.
 
+        In training, what a method asks for (AdaLoRA's orthogonality) is added to ``loss`` of the output. PEFT adds it in
+        evaluation as well.
+
         Args:
             *args: what the base model takes.
             **kwargs: what the base model takes.
@@ -82,7 +85,23 @@ class PeftModel(SavedModel):
             ValueError: ``adapter_names`` has another length than the batch, or names an adapter that is not loaded.
         """
         with self._routed(adapter_names, args, kwargs):
-            return self.base_model(*args, **kwargs)
+            outputs = self.base_model(*args, **kwargs)
+            if self.training and torch.is_grad_enabled() and self.base_model.penalised:
+                self._add_penalty(outputs)
+            return outputs
+
+    def _add_penalty(self, outputs: Any) -> None:
+        loss = getattr(outputs, "loss", None)
+        if isinstance(outputs, dict):
+            loss = outputs.get("loss", loss)
+        if not isinstance(loss, torch.Tensor):
+            return
+        penalty = self.base_model.penalty()
+        penalised = loss + (penalty.to(loss.device) if isinstance(penalty, torch.Tensor) else penalty)
+        if isinstance(outputs, dict):
+            outputs["loss"] = penalised
+        else:
+            outputs.loss = penalised
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the base model's own ``generate``; ``adapter_names`` as in ``forward``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,9 +14,12 @@ from torch import nn
 
 from . import hub
 from .checkpoint import IncompatibleKeys, SavedAdapter, get_peft_model_state_dict, load_peft_weights
-from .config import PeftConfig
-from .files import adapter_folder, check_folder, write_tensors
+from .config import HUB_ARGUMENTS, PeftConfig
+from .files import adapter_folder, check_folder, read_state, write_state, write_tensors
+from .method import Method
 from .targets import base_name
+from .training.optimizer_state import Change, follow
+from .walk import adapted_layers
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -59,7 +63,9 @@ class SavedModel(nn.Module):
                 f"{list(model.peft_config)} - got {unknown}."
             )
         states = {
-            n: get_peft_model_state_dict(self, state_dict, n, save_embedding_layers=save_embedding_layers)
+            n: self._packed(
+                n, get_peft_model_state_dict(self, state_dict, n, save_embedding_layers=save_embedding_layers)
+            )
             for n in names
         }
         if not is_main_process:
@@ -76,7 +82,23 @@ class SavedModel(nn.Module):
             target.mkdir(parents=True, exist_ok=True)
             write_tensors(target, tensors, safe_serialization)
             config.save_pretrained(target)
+            slots = list(model.base_model.own_slots(name))
+            write_state(target, model.base_model.methods[name].state(slots))
             hub.write_model_card(target, config)
+
+    def _packed(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let an adapter's method have the last word on what its file holds of each layer."""
+        model = cast("PeftModel", self)
+        method = model.base_model.methods[name]
+        if type(method).pack is Method.pack:
+            return tensors
+        for path, layer in adapted_layers(model.get_base_model()):
+            slot = layer.slots.get(name)
+            if slot is not None and slot.method is method:
+                keys = {column: f"base_model.model.{path}.{column}" for column in slot.saved()}
+                packed = method.pack(slot, {column: tensors[key] for column, key in keys.items()})
+                tensors |= {keys[column]: tensor for column, tensor in packed.items()}
+        return tensors
 
     def _config_to_save(self, name: str) -> PeftConfig:
         model = cast("PeftModel", self)
@@ -133,6 +155,8 @@ class SavedModel(nn.Module):
         peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
             saved.put_into(peft_model, adapter_name, low_cpu_mem_usage)
+            if is_trainable:
+                peft_model._resume(adapter_name, saved, kwargs)
         except BaseException:
             peft_model.delete_adapter(adapter_name)
             peft_model.unload()
@@ -170,7 +194,10 @@ class SavedModel(nn.Module):
         if new:
             model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
+            with _fitted(model, adapter_name, saved.config):
+                result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
+                if is_trainable or not new:
+                    self._resume(adapter_name, saved, kwargs)
         except BaseException:
             if new:
                 model.delete_adapter(adapter_name)
@@ -179,6 +206,13 @@ class SavedModel(nn.Module):
             model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return result
 
+    def _resume(self, name: str, saved: SavedAdapter, kwargs: dict[str, Any]) -> None:
+        """Take up what the adapter's method remembered when it was saved, where it remembers anything."""
+        adapted = cast("PeftModel", self).base_model
+        if adapted.methods[name].steps():
+            hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS or k == "subfolder"}
+            adapted.methods[name].load_state(list(adapted.own_slots(name)), read_state(saved.origin, **hub))
+
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""
         hub.write_model_card(Path(output_dir), self._config_to_save(cast("PeftModel", self).active_adapter))
@@ -186,3 +220,24 @@ class SavedModel(nn.Module):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a temporary folder and upload it; see ``inlay.hub.push``. Returns the commit's address."""
         return hub.push(cast("PeftModel", self), repo_id, **kwargs)
+
+
+@contextmanager
+def _fitted(model: PeftModel, name: str, config: PeftConfig) -> Iterator[None]:
+    """Give an adapter the shapes of a saved configuration for values loaded inside; undone if that fails."""
+    method, own = model.base_model.methods[name], model.peft_config[name]
+    slots = list(model.base_model.own_slots(name))
+    before = [(slot, {column: slot[column] for column in slot.columns}) for slot in slots]
+    fields = dict(vars(own))
+    try:
+        for slot in slots:
+            method.fit(slot, config)
+        yield
+    except BaseException:
+        vars(own).update(fields)
+        for slot, columns in before:
+            for column, entry in columns.items():
+                slot.layer.column(column)[name] = entry
+        raise
+    pairs = [(entry, slot[column]) for slot, columns in before for column, entry in columns.items()]
+    follow([Change(old, new, None) for old, new in pairs if isinstance(old, nn.Parameter) and old is not new])

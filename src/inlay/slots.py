@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import PeftConfig
 from .kinds import LayerKind
@@ -91,7 +91,7 @@ class SlottedLayer(nn.Module):
                 raise ValueError(
                     f"adapter {name!r} cannot share layer {path} with an adapter that keeps {column!r} in another form"
                 )
-        slot = Slot(cast("AdaptedLayer", self), name, method, config)
+        slot = Slot(cast("AdaptedLayer", self), name, method, config, path)
         for column, entry in columns.items():
             if column not in self._modules and column not in self.__dict__:
                 setattr(self, column, _column_type(entry)())
@@ -198,11 +198,28 @@ class SlottedLayer(nn.Module):
                 self.column("scaling")[name] /= scale
 
 
+class BufferDict(nn.Module):
+    """Tensors by adapter name that are no parameters: saved, moved and cast with the model, never trained."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return cast("Tensor", self._buffers[name])
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+
 def _column_type(entry: Any) -> type:
-    return (
-        nn.ModuleDict
-        if isinstance(entry, nn.Module)
-        else nn.ParameterDict
-        if isinstance(entry, nn.Parameter)
-        else dict
-    )
+    if isinstance(entry, nn.Module):
+        return nn.ModuleDict
+    if isinstance(entry, nn.Parameter):
+        return nn.ParameterDict
+    return BufferDict if isinstance(entry, Tensor) else dict

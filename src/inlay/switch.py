@@ -51,6 +51,10 @@ class Switch:
             return next(iter(self.by_thread.values()))
         return self.by_thread.get(get_ident(), self.setting)
 
+    def is_temporary(self) -> bool:
+        """Whether the setting that holds in this thread ends with a ``with`` block of its own."""
+        return bool(self.by_thread) and get_ident() in self.by_thread
+
     def change(self, **changes: Any) -> None:
         """Change the setting for the whole model."""
         self.setting = replace(self.setting, **changes)

@@ -130,7 +130,9 @@ def _endings(path: str) -> Iterator[str]:
 def warn_of_unused_patterns(paths: Collection[str], config: Any) -> None:
     """Warn of keys of ``rank_pattern`` and ``alpha_pattern`` that no target matches."""
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field, None) or {}
+        patterns = [
+            key.removesuffix(".lora_E") for key in getattr(config, field, None) or ()
+        ]  # as AdaLoRA spells them
         if unused := [key for key in patterns if not any(pattern_matches(key, path) for path in paths)]:
             warnings.warn(
                 f"no adapted module matches {field} entries {unused}{_suggestion(unused, paths)}",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
+from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
 from .layer import AdaptedLayer
 
 
@@ -74,6 +75,13 @@ def places(model: nn.Module) -> dict[str, Place]:
 
     visit(model, "", "", ())
     return found
+
+
+def places_to_adapt(model: nn.Module, config: Any) -> dict[str, Place]:
+    """Return the places outside the modules that an adapter saves whole."""
+    known = places(model)
+    saved = tuple(f"{path}." for path in find_saved(known, getattr(config, "modules_to_save", None) or ()))
+    return {path: place for path, place in known.items() if not f"{path}.".startswith(saved)}
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
