@@ -16,7 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+from inlay import (
+    AdaLoraConfig,
+    BitFitConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- capabilities: made by docs/capability_table.py -->", "<!-- end of capabilities -->"
@@ -54,6 +67,7 @@ def layers() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
         "Conv 1/2/3d": (lambda: nn.Conv2d(6, 8, 3), torch.randn(4, 6, 5, 5)),
         "grouped conv": (lambda: nn.Conv2d(6, 8, 3, groups=2), torch.randn(4, 6, 5, 5)),
         "Embedding": (lambda: nn.Embedding(9, 6), torch.randint(0, 9, (4, 3))),
+        "norms": (lambda: nn.LayerNorm(6), x),
         "attention": (lambda: Attention(6, 2, batch_first=True), torch.randn(4, 3, 6)),
         "experts": (Experts, x),
     }
@@ -62,6 +76,14 @@ def layers() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
 METHODS: dict[str, Callable[[dict[str, Any]], PeftConfig]] = {
     "LoRA, rsLoRA": lambda where: LoraConfig(r=2, **where),
     "DoRA": lambda where: LoraConfig(r=2, use_dora=True, **where),
+    "LoHa": lambda where: LoHaConfig(r=2, **where),
+    "LoKr": lambda where: LoKrConfig(r=1, **where),
+    "OFT": lambda where: OFTConfig(r=1, oft_block_size=0, use_cayley_neumann=False, **where),
+    "AdaLoRA": lambda where: AdaLoraConfig(init_r=2, target_r=1, total_step=9, **where),
+    "SHiRA": lambda where: ShiraConfig(r=1, **where),
+    "(IA)3": lambda where: IA3Config(feedforward_modules=[], **where),
+    "BitFit": lambda where: BitFitConfig(**where),
+    "LayerNorm tuning": lambda where: LNTuningConfig(**where),
     "trainable tokens": lambda where: TrainableTokensConfig(token_indices=[1, 2], **where),
 }
 

@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay import LoraConfig, PeftConfig, TrainableTokensConfig
+from inlay import (
+    AdaLoraConfig,
+    BitFitConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+)
 from law_models import MODELS, RANK, build, conv_delta, expert_delta, inputs_of
 
 ALPHA = 5
@@ -35,6 +47,7 @@ class Spot:
         out_axes: axes of ``param`` that DoRA's length runs over.
         token_axis: axis of ``param`` whose entries belong to single tokens.
         groups: groups of a convolution.
+        base: the bare model's own (W, b), which the reference fills in.
     """
 
     layer: str = "layer"
@@ -45,6 +58,7 @@ class Spot:
     out_axes: tuple[int, ...] = (0,)
     token_axis: int = 0
     groups: int = 1
+    base: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class KindCase:
     lora_bias: bool = True
     tokens: bool = False
     sub_batches: bool = True
+    norm: bool = False
 
     @property
     def native(self) -> bool:
@@ -88,6 +103,10 @@ class MethodCase:
     def can_name(self, kind: KindCase) -> bool:
         """Whether the configuration has the fields to name the layers of a kind."""
         return {f.name for f in fields(self.config(target_modules=["layer"]))} >= dict(kind.where).keys()
+
+    def fits(self, kind: KindCase) -> bool:
+        """Whether the method works on a kind and its configuration can say so."""
+        return self.applies(kind) and self.can_name(kind)
 
     def on(self, kind: KindCase, **settings: Any) -> PeftConfig:
         """Return the configuration for a kind."""
@@ -123,6 +142,79 @@ def tokens(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tup
     return w.index_copy(spot.token_axis, torch.tensor(TOKENS), rows), b
 
 
+def ia3(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = diag(l) W, b' = l b."""
+    gain = p["ia3_l"].flatten()
+    shape = [len(gain) if axis in spot.out_axes else 1 for axis in range(w.dim())]
+    return w * gain.reshape(shape), None if b is None else b * gain
+
+
+def ia3_inputs(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W diag(l)."""
+    axis = 1 if spot.out_axes == (0,) else 0
+    return w * p["ia3_l"].reshape([-1 if i == axis else 1 for i in range(w.dim())]), b
+
+
+def bitfit(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """b' = b + d."""
+    return w, p["bitfit_bias"] if b is None else b + p["bitfit_bias"]
+
+
+def ln_tuning(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + (v - W0), b' = b + (c - b0)."""
+    w0, b0 = spot.base
+    return w + (p["ln_tuning_layers.weight"] - w0), None if b is None else b + (
+        p["ln_tuning_layers.bias"] - b0
+    )
+
+
+def adalora(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + s B diag(E) A as matrices: of a convolution each group for itself, of experts each expert."""
+    delta = p["lora_B"] @ (p["lora_E"] * p["lora_A"])
+    return _added(spot, w, ALPHA / (RANK + 1e-5) * delta), b
+
+
+def loha(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + s (A1 B1) * (A2 B2), each with a factor for a convolution's kernel."""
+    products = [_with_core(p.get(f"hada_t{n}"), p[f"hada_w{n}_a"], p[f"hada_w{n}_b"]) for n in (1, 2)]
+    return _added(spot, w, ALPHA / RANK * products[0] * products[1]), b
+
+
+def lokr(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + s (C kron D)."""
+    c = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+    d = p["lokr_w2"] if "lokr_w2" in p else _with_core(p.get("lokr_t2"), p["lokr_w2_a"], p["lokr_w2_b"])
+    d = d.flatten(1)
+    blocks = [torch.cat([number * d for number in row], 1) for row in c]
+    return _added(spot, w, 3 / 2 * torch.cat(blocks)), b
+
+
+def oft(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W R^T with R = (I - Q)(I + Q)^-1, one block; of an embedding E' = E R."""
+    (upper,) = next(iter(p.values()))
+    size = int((1 + math.sqrt(1 + 8 * len(upper))) / 2)
+    q = torch.zeros(size, size, dtype=w.dtype).masked_scatter(torch.ones(size, size).triu(1).bool(), upper)
+    q = q - q.mT
+    turn = (torch.eye(size) - q) @ torch.linalg.inv(torch.eye(size) + q)
+    if "oft_embedding_R.weight" in p:
+        return w @ turn, b
+    if spot.out_axes[-1] == w.dim() - 1:
+        return turn @ w, b
+    return (w.flatten(1) @ torch.block_diag(*[turn.mT] * spot.groups)).reshape(w.shape), b
+
+
+def _with_core(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if core is None else torch.einsum("pqk,po,qi->oik", core.flatten(2), a, b).flatten(1)
+
+
+def _added(spot: Spot, w: Tensor, delta: Tensor) -> Tensor:
+    """Return W with a matrix[out, in] added to it: of a convolution each group for itself."""
+    if spot.groups > 1:
+        delta = torch.block_diag(*delta.chunk(spot.groups))
+    delta = delta.mT if spot.out_axes[-1] == w.dim() - 1 else delta
+    return w + delta.reshape(w.shape)
+
+
 def _factors(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "lora_embedding_A" in p:
         return p["lora_embedding_B"], p["lora_embedding_A"]
@@ -133,6 +225,37 @@ def _lora_config(**settings: Any) -> LoraConfig:
     return LoraConfig(**({"r": RANK, "lora_alpha": ALPHA} | settings))
 
 
+def shira(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + S, with the values in the order of the entries of W[..., out, in]."""
+    native = (w.shape[0], w.shape[1] // spot.groups, *w.shape[2:])
+    mask = _spread_out(native, len(p["shira_weight"]))
+    turned = spot.out_axes[-1] == w.dim() - 1
+    mask = mask.mT if turned else mask
+    delta = torch.zeros(mask.shape, dtype=w.dtype).masked_scatter(mask, p["shira_weight"])
+    delta = delta.mT if turned else delta
+    if spot.groups > 1:
+        delta = torch.block_diag(*delta.flatten(1).chunk(spot.groups))
+    return w + delta.reshape(w.shape), b
+
+
+def shira_mask(base_layer: nn.Module, r: int, parameter: str = "weight", **kwargs: Any) -> Tensor:
+    """A mask of r (in + out) entries for each matrix."""
+    w = getattr(base_layer, parameter)
+    experts, matrix = (w.shape[0], w[0]) if w.dim() == 3 and not isinstance(base_layer, nn.Conv1d) else (1, w)
+    count = r * (matrix.shape[0] + matrix[0].numel()) * experts
+    return _spread_out(tuple(w.shape), count)
+
+
+def _spread_out(shape: tuple[int, ...], count: int) -> Tensor:
+    size = math.prod(shape)
+    step = next(n for n in range(size // 3 + 2, 2 * size) if math.gcd(n, size) == 1)
+    return (torch.arange(size) * step % size < count).view(shape)
+
+
+def _adalora_config(**settings: Any) -> AdaLoraConfig:
+    return AdaLoraConfig(**({"init_r": RANK, "target_r": 2, "total_step": 9, "lora_alpha": ALPHA} | settings))
+
+
 def _tokens_config(**settings: Any) -> TrainableTokensConfig:
     return TrainableTokensConfig(token_indices=TOKENS, **settings)
 
@@ -140,19 +263,60 @@ def _tokens_config(**settings: Any) -> TrainableTokensConfig:
 # ---------------------------------------------------------------------- one line for each method and each kind
 
 METHODS = [
-    MethodCase("lora", _lora_config, lora(ALPHA / RANK), additive=True),
+    MethodCase("lora", _lora_config, lora(ALPHA / RANK), lambda k: not k.norm, additive=True),
     MethodCase(
-        "rslora", lambda **s: _lora_config(use_rslora=True, **s), lora(ALPHA / math.sqrt(RANK)), additive=True
+        "rslora",
+        lambda **s: _lora_config(use_rslora=True, **s),
+        lora(ALPHA / math.sqrt(RANK)),
+        lambda k: not k.norm,
+        additive=True,
     ),
     MethodCase(
         "lora_bias",
         lambda **s: _lora_config(lora_bias=True, **s),
         lora(ALPHA / RANK),
-        lambda k: k.lora_bias,
+        lambda k: k.lora_bias and not k.norm,
         additive=True,
     ),
-    MethodCase("dora", lambda **s: _lora_config(use_dora=True, **s), dora),
+    MethodCase("dora", lambda **s: _lora_config(use_dora=True, **s), dora, lambda k: not k.norm),
+    MethodCase("adalora", _adalora_config, adalora, lambda k: not k.norm, additive=True),
     MethodCase("trainable_tokens", _tokens_config, tokens, lambda k: k.tokens),
+    MethodCase(
+        "shira",
+        lambda **s: ShiraConfig(r=1, mask_fn=shira_mask, **s),
+        shira,
+        lambda k: not k.norm,
+        additive=True,
+    ),
+    MethodCase("ia3", lambda **s: IA3Config(feedforward_modules=[], **s), ia3, lambda k: not k.norm),
+    MethodCase(
+        "ia3_inputs",
+        lambda **s: IA3Config(feedforward_modules=".*", **s),
+        ia3_inputs,
+        lambda k: not k.norm,
+    ),
+    MethodCase("bitfit", BitFitConfig, bitfit, lambda k: all(s.bias for s in k.spots), additive=True),
+    MethodCase("ln_tuning", LNTuningConfig, ln_tuning, lambda k: k.norm),
+    MethodCase(
+        "loha",
+        lambda **s: LoHaConfig(r=RANK, alpha=ALPHA, use_effective_conv2d=True, **s),
+        loha,
+        lambda k: not k.norm,
+        additive=True,
+    ),
+    MethodCase(
+        "lokr",
+        lambda **s: LoKrConfig(r=2, alpha=3, use_effective_conv2d=True, decompose_both=True, **s),
+        lokr,
+        lambda k: not k.norm,
+        additive=True,
+    ),
+    MethodCase(
+        "oft",
+        lambda **s: OFTConfig(r=1, oft_block_size=0, use_cayley_neumann=False, **s),
+        oft,
+        lambda k: not k.norm,
+    ),
 ]
 
 _GPT2 = Spot(delta=lambda b, a: (b @ a).mT, out_axes=(1,), token_axis=1)
@@ -211,6 +375,9 @@ KINDS = [
     KindCase("experts", (_EXPERTS,), _parameters("layer.up"), lora_bias=False, sub_batches=False),
     KindCase("experts_transposed", (_TURNED,), _parameters("layer.up"), lora_bias=False, sub_batches=False),
     KindCase("experts_two", _TWO, _parameters("layer.up", "layer.down"), lora_bias=False, sub_batches=False),
+    KindCase("layer_norm", norm=True),
+    KindCase("batch_norm", norm=True, sub_batches=False),
+    KindCase("rms_norm", (Spot(bias=""),), norm=True),
     KindCase(
         "matrix",
         (Spot(param="matrix", bias=""),),
@@ -224,10 +391,7 @@ assert {kind.name for kind in KINDS} == set(MODELS)
 SCALE_ONLY = {"rslora"}
 """Methods that differ from another in one number; one kind of layer is enough for them."""
 PAIRS = [
-    (m, k)
-    for m in METHODS
-    for k in KINDS
-    if m.applies(k) and (m.name not in SCALE_ONLY or k.name == "linear")
+    (m, k) for m in METHODS for k in KINDS if m.fits(k) and (m.name not in SCALE_ONLY or k.name == "linear")
 ]
 REFUSED = [(m, k) for m in METHODS for k in KINDS if not m.applies(k) and m.can_name(k)]
 PAIR_IDS = [f"{method.name}-{kind.name}" for method, kind in PAIRS]

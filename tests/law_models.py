@@ -82,6 +82,12 @@ def _encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
 
 
+def _norm(layer: nn.Module) -> nn.Module:
+    for p in layer.parameters():  # or every weight would be one and every bias zero
+        nn.init.normal_(p)
+    return layer
+
+
 FLOATS, GRID, IMAGE, VOLUME, IDS = (
     (BATCH, 3, 6),
     (BATCH, 6, 9),
@@ -122,6 +128,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "experts": (lambda: Only(Bank()), FLOATS),
     "experts_transposed": (lambda: Only(Bank(is_transposed=True)), FLOATS),
     "experts_two": (lambda: Only(Bank(two=True)), FLOATS),
+    "layer_norm": (lambda: Only(_norm(nn.LayerNorm(6))), FLOATS),
+    "batch_norm": (lambda: Only(_norm(nn.BatchNorm2d(6))), IMAGE),
+    "rms_norm": (lambda: Only(_norm(nn.RMSNorm(6))), FLOATS),
     "matrix": (lambda: Only(Bilinear()), FLOATS),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def reference(
                 torch.block_diag(*w.flatten(1).chunk(spot.groups)).unflatten(1, (-1, *w.shape[2:])),
                 1,
             )
+        spot = replace(spot, base=(w, b))
         for method, parameters in stack:
             w, b = method.formula(spot, w, b, parameters[index])
         tensors[f"{spot.path}.{spot.param}"] = w

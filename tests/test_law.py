@@ -161,7 +161,7 @@ def test_paths_agree_on_an_input_of_another_dtype(training: bool) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.sub_batches], ids=short)
 @pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("lora", "lora_bias", "dora")], ids=short)
 def test_dropout_drops_in_training_only_and_keeps_the_mean(method: MethodCase, kind: KindCase) -> None:
-    if not method.applies(kind):
+    if not method.fits(kind):
         pytest.skip(f"{method.name} does not adapt {kind.name}")
     model, plain = adapted(method, kind, lora_dropout=0.5), adapted(method, kind)
     x = kind.inputs()

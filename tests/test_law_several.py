@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model
-from law_cases import KINDS, METHODS, PAIR_IDS, PAIRS, KindCase, MethodCase
+from law_cases import KINDS, METHODS, PAIR_IDS, PAIRS, SCALE_ONLY, KindCase, MethodCase
 from law_checks import assert_close
 from law_models import BATCH, Attending
 from law_reference import adapted, add, exact_copy, parameters_of, reference
@@ -20,12 +20,25 @@ STACKS = [
     (first, second, kind)
     for first, second in itertools.product(METHODS, METHODS)
     for kind in KINDS
-    if first.applies(kind) and second.applies(kind) and first.can_name(kind) and second.can_name(kind)
+    if first.fits(kind) and second.fits(kind)
 ]
+# Every pair of methods meets on a few kinds; on the others, each method meets itself and LoRA, which says as much.
 STACKS = [
-    stack
-    for stack in STACKS
-    if not {"rslora", "lora_bias"} & {stack[0].name, stack[1].name} or stack[2] is KINDS[0]
+    (first, second, kind)
+    for first, second, kind in STACKS
+    if kind.name in ("linear", "conv2d_groups", "embedding", "layer_norm")
+    or (
+        (first is second or "lora" in (first.name, second.name))
+        and not SCALE_ONLY & {first.name, second.name}
+    )
+]
+# AdaLoRA keeps parameters where LoRA keeps modules, as PEFT does; both on one layer are refused (test_adalora).
+STACKS = [
+    (first, second, kind)
+    for first, second, kind in STACKS
+    if "adalora" not in (first.name, second.name)
+    or kind.name.startswith("embedding")
+    or not {first.name, second.name} & {"lora", "rslora", "lora_bias", "dora"}
 ]
 ROUTE = ["second", "__base__", "default", "second"]
 
@@ -58,8 +71,8 @@ def test_a_stack_is_its_adapters_merged_in_order(
         wanted = reference(kind, [(by_name[name], exact[name]) for name in order], x.detach(), torch.float64)
         got = model(x)
         assert_close(got, wanted, torch.float64)
-        (got * got).sum().backward()
-        (wanted * wanted).sum().backward()
+        (got**3).sum().backward()  # a sum of squares does not see rotations
+        (wanted**3).sum().backward()
         for name, index in itertools.product(order, range(len(kind.spots))):
             for key, p in mine[name][index].items():
                 assert_close(p.grad, exact[name][index][key].grad, torch.float64, f"gradient of {name} {key}")

@@ -19,6 +19,7 @@ WARNINGS_OF_PEFT = [
     "Adapter '.*'.* LoRA tensor.* have invalid shape",  # PEFT takes the bias of lora_B for a damaged matrix
     "The following rank_pattern keys did not match",  # PEFT's own patterns for fused experts
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Unsupported layer type",  # PEFT says so of its own normalisation layers
     "Careful, disabling adapter layers with bias configured",  # both say so, and it is true
     "The following alpha_pattern keys did not match",
 ]

