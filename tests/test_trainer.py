@@ -43,7 +43,9 @@ def classifier(seed: int = 0, name: str = "bert_classifier", **changes: Any) -> 
 
 def trainer(model: Any, rows: list[dict[str, Any]], folder: Path, **arguments: Any) -> Any:
     other = {
-        k: arguments.pop(k) for k in ("callbacks", "compute_metrics", "processing_class") if k in arguments
+        k: arguments.pop(k)
+        for k in ("callbacks", "compute_metrics", "processing_class", "optimizers")
+        if k in arguments
     }
     settings: dict[str, Any] = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 0.05,

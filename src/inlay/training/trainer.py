@@ -8,6 +8,8 @@ module, which becomes a tuple of classes. PEFT's own models are recognised as be
 
 Loading is not left to the Trainer: it would put the adapter "default" into whichever is active, and activate one where several
 were, so a resumed run would be another one.
+
+Methods that act after each optimizer step (AdaLoRA) are called by a callback that every Trainer of such a model gets.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import importlib.machinery
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftWarning
 from ..files import adapter_folder
+from .optimizer_state import note_optimizer
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -43,7 +47,8 @@ def _teach(trainer: Any, model_class: type[PeftModel]) -> None:
     if model_class in known:
         return
     original: Any = getattr(trainer, "_is_peft_model", None)
-    methods = [getattr(trainer.Trainer, name, None) for name in ("_load_from_checkpoint", "_load_best_model")]
+    names = ("_load_from_checkpoint", "_load_best_model", "_inner_training_loop")
+    methods = [getattr(trainer.Trainer, name, None) for name in names]
     if None in (original, *methods):
         warnings.warn(
             "this version of transformers is not known to Inlay: its Trainer may save whole models instead of adapters",
@@ -62,6 +67,7 @@ def _teach(trainer: Any, model_class: type[PeftModel]) -> None:
     if not known:
         trainer.is_peft_available = lambda *args, **kwargs: True  # or it would not look at PeftModel
     _load_own_adapters(trainer.Trainer, model_class)
+    _let_adapters_step(trainer.Trainer)
 
 
 def _load_own_adapters(trainer_class: Any, model_class: type[PeftModel]) -> None:
@@ -71,6 +77,8 @@ def _load_own_adapters(trainer_class: Any, model_class: type[PeftModel]) -> None
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         if not isinstance(model, model_class) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return False
+        if trainer.optimizer is not None:
+            note_optimizer(trainer.optimizer)
         for name in model.peft_config:
             model.load_adapter(adapter_folder(folder, name), name)
         return True
@@ -85,6 +93,22 @@ def _load_own_adapters(trainer_class: Any, model_class: type[PeftModel]) -> None
 
     trainer_class._load_from_checkpoint = _load_from_checkpoint
     trainer_class._load_best_model = _load_best_model
+
+
+def _let_adapters_step(trainer_class: Any) -> None:
+    train = trainer_class._inner_training_loop
+
+    @wraps(train)
+    def _inner_training_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .adapter_step import AdapterStepCallback, adapted_model
+
+        present = any(isinstance(c, AdapterStepCallback) for c in self.callback_handler.callbacks)
+        model = adapted_model(self.model)
+        if not present and model is not None and any(m.steps() for m in model.methods.values()):
+            self.add_callback(AdapterStepCallback())
+        return train(self, *args, **kwargs)
+
+    trainer_class._inner_training_loop = _inner_training_loop
 
 
 class _TrainerImport(importlib.abc.MetaPathFinder):
