@@ -34,6 +34,11 @@ def adapt(model: nn.Module, options: Train, task: Task, fresh: list[str], steps:
     if task.task_type is None:  # image classification, whose head no task type names
         fresh = fresh or _heads(model)
     heads = [*(values.pop("modules_to_save", None) or []), *fresh]
+    if heads and "modules_to_save" not in known:
+        raise UserError(
+            f"--method {name} cannot train {', '.join(heads)}, the head of this task, along with it; choose another method, "
+            "such as lora"
+        )
     if heads:
         values["modules_to_save"] = heads
     if "total_step" in known:
@@ -48,7 +53,7 @@ def _choose_targets(model: nn.Module, config: Any, heads: Sequence[str]) -> None
     """Name the layers to adapt where neither the user nor the method's own table for this type of model does."""
     if getattr(config, "target_modules", "") is not None or getattr(config, "target_parameters", None):
         return
-    if not method_by_name(config.method_name())().default_targets(model, required=False):
+    if not method_by_name(config.method_name())().default_targets(config, model, required=False):
         config.target_modules = fallback_targets(model, heads)
 
 

@@ -13,6 +13,8 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from inlay.training.r_drop import RDropLoss, rdrop_repeat
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -46,9 +48,17 @@ class TaskTrainer(Trainer):
     """A Trainer that asks the task how to batch, reduce and measure."""
 
     def __init__(
-        self, task: Task, model: Any, args: TrainingArguments, *, group_by_length: bool = False, **kwargs: Any
+        self,
+        task: Task,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        group_by_length: bool = False,
+        r_drop: float | None = None,
+        **kwargs: Any,
     ) -> None:
         self.group_by_length = group_by_length
+        self.r_drop = None if r_drop is None else DoubledLoss(r_drop, shifted=task.task_type == "CAUSAL_LM")
 
         def measured(result: Any) -> dict[str, float]:
             return task.measure(result.predictions, result.label_ids)
@@ -65,6 +75,18 @@ class TaskTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss: in training with R-Drop, that of every row twice; in evaluation, always the model's own."""
+        if self.r_drop is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        doubled = dict(zip(inputs, rdrop_repeat(*inputs.values()), strict=True))
+        # By this road the Trainer keeps the labels from the model, and scales for accumulation and several devices.
+        self.compute_loss_func = self.r_drop
+        try:
+            return super().compute_loss(model, doubled, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if not self.group_by_length or "input_ids" not in rows.column_names:
@@ -73,6 +95,20 @@ class TaskTrainer(Trainer):
         return LengthGrouped(
             lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
         )
+
+
+class DoubledLoss:
+    """R-Drop's loss of a doubled batch's logits; a causal language model's are ``shifted`` by one token from its labels."""
+
+    def __init__(self, alpha: float, *, shifted: bool) -> None:
+        self.mean, self.sum, self.shifted = RDropLoss(alpha), RDropLoss(alpha, reduction="sum"), shifted
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs["logits"]
+        if self.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        loss: torch.Tensor = (self.mean if num_items_in_batch is None else self.sum)(logits, labels)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def arguments(folder: str, batch_size: int, precision: str, **more: Any) -> TrainingArguments:

@@ -159,6 +159,11 @@ class Train(Shape):
     dtype: Dtype = option(
         "auto", help="what the frozen weights are kept in; auto: as they are stored", group="training"
     )
+    r_drop: PositiveFloat | None = option(
+        help="draw the predictions of two passes with different dropout together, with this weight, as 4 (R-Drop): twice the"
+        " rows per step; for classification and causal-lm",
+        group="training",
+    )
     gradient_checkpointing: bool = option(
         False, help="less memory, about a third more time", group="training"
     )

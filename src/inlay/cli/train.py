@@ -17,6 +17,8 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+from inlay.ranks import write_rank_report
+
 from . import catalogue
 from .adapt import adapt
 from .curves import draw_curves
@@ -87,10 +89,35 @@ def _prepare(options: Train, place: str) -> tuple[Task, list[Dataset]]:
         max_length=input_limit(options.max_length, config, processor), separator=options.separator, pack=options.pack,
     )  # fmt: skip
     task = kind(kind.settle(settings, options, first, config), processor)
+    _check_r_drop(options, task)
     rows = [task.encode(table) for table in (first, *more)]
     if task.cuts_long_rows and is_main_process():
         _tell_cut_rows(first, rows[0], settings.max_length)
     return task, rows
+
+
+def _check_r_drop(options: Train, task: Task) -> None:
+    if options.r_drop is None:
+        return
+    if task.settings.regression or options.task == "seq2seq":
+        what = "regression" if task.settings.regression else options.task
+        raise UserError(f"--r-drop compares distributions over classes and is not for {what}; leave it out")
+    if options.trainer.get("label_smoothing_factor"):
+        raise UserError("--r-drop has a loss of its own: leave out --trainer.label_smoothing_factor")
+
+
+def _check_dropout(options: Train, model: torch.nn.Module) -> None:
+    """Refuse R-Drop where its two passes would be the same, and nothing would tell."""
+    if options.r_drop is None:
+        return
+    for module in model.modules():
+        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+        if drops or any("drop" in key and isinstance(v, float) and v > 0 for key, v in vars(module).items()):
+            return
+    raise UserError(
+        "--r-drop compares passes with different dropout, and this model has none; set the method's own, as"
+        " --method.lora-dropout 0.1"
+    )
 
 
 def _tell_cut_rows(table: Table, rows: Dataset, limit: int) -> None:
@@ -110,10 +137,12 @@ def _trainer(options: Train, place: str, here: Run, task: Task, rows: list[Datas
     steps = _steps(options, len(rows[0]))
     args = _arguments(options, task, here, steps, evaluated=len(rows) > 1)
     model = adapt(base, options, task, fresh, steps)
+    _check_dropout(options, model)
     _announce(options, model, rows, steps)
     stopping = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
     return TaskTrainer(
-        task, model, args, group_by_length=options.group_by_length, callbacks=[LogWhenSaving(), Progress(), *stopping],
+        task, model, args, group_by_length=options.group_by_length, r_drop=options.r_drop,
+        callbacks=[LogWhenSaving(), Progress(), *stopping],
         train_dataset=select(rows[0]), eval_dataset=select(rows[1]) if len(rows) > 1 else None,
     )  # fmt: skip
 
@@ -187,11 +216,14 @@ def _save(here: Run, task: Task, trainer: TaskTrainer, evaluation: dict[str, flo
     place, other = here.folder / "adapter", here.folder / "model"
     if whole:
         place, other = other, place
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     with new_folder(place) as folder:
-        save_trained(trainer.accelerator.unwrap_model(trainer.model), task, folder)
+        save_trained(model, task, folder)
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     with new_file(here.folder / "curves.png") as path:
         draw_curves(trainer.state.log_history, task.metric[0], path)
+    if not whole and model.stepping_adapters():
+        write_rank_report(model, here.folder)
     here.write_options(here.folder / "config.yaml")
     report = _report(here.options, trainer, evaluation) | {"bytes": size, "seconds": seconds}
     write_json(here.folder / "metrics.json", report | {"versions": versions()})

@@ -1,0 +1,56 @@
+"""``inlay train --method ...`` reaches every registered method, and what it leaves can be evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inlay.cli.catalogue import method_configs
+
+Run = Callable[..., str]
+Words = Callable[..., list[Any]]
+Files = dict[str, Path]
+
+OPTIONS: dict[str, list[Any]] = {
+    "trainable-tokens": ["--method.token-indices", "[1, 2]"],
+    "adalora": ["--method.init-r", 3, "--method.target-r", 2],
+    "shira": ["--method.r", 1],
+    "oft": ["--method.oft-block-size", 4],
+}
+"""What a method needs besides its defaults on models this small."""
+
+
+@pytest.mark.parametrize("method", sorted(method_configs()))
+def test_a_method_is_trained_and_evaluated(
+    models: Files, data: Files, tmp_path: Path, inlay: Run, training: Words, method: str
+) -> None:
+    model, task, rows, metric = (
+        ("gpt2", "causal-lm", "pairs", "perplexity")
+        if method == "trainable-tokens"  # which trains no head
+        else ("bert", "text-classification", "dev", "accuracy")
+    )
+    words = training(models[model], task, data[rows], "--max-steps", 4, dev=data[rows])
+    inlay(*words, "--method", method, *OPTIONS.get(method, []))
+    folder = Path(words[words.index("--output-dir") + 1])
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["peft_type"]
+    assert metric in inlay("evaluate", "--adapter", folder / "adapter", "--data", data[rows])
+    if method == "adalora":
+        ranks = json.loads((folder / "ranks.json").read_text())
+        # Some ranks are gone; the best checkpoint may be from before the last of them went.
+        assert 2 * len(ranks["ranks"]) <= ranks["total"] < 3 * len(ranks["ranks"])
+        assert (folder / "ranks.png").stat().st_size > 1000
+
+
+def test_a_method_that_cannot_train_the_head_says_so(
+    models: Files, data: Files, training: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inlay.cli.main import main
+
+    words = training(models["bert"], "text-classification", data["train"], "--max-steps", 1)
+    tokens = ["--method", "trainable-tokens", "--method.token-indices", "[1]"]
+    assert main([str(word) for word in [*words, *tokens]]) == 2
+    assert "cannot train bert.pooler, classifier" in capsys.readouterr().err
