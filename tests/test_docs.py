@@ -9,11 +9,10 @@ from types import ModuleType
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *(f"docs/{n}.md" for n in ("add-a-method", "coming-from-peft", "design", "file-format")),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -40,6 +41,21 @@ def test_importing_inlay_leaves_heavy_libraries_alone() -> None:
 def test_every_public_name_can_be_imported() -> None:
     missing = [name for name in inlay.__all__ if not hasattr(inlay, name)]
     assert missing == []
+
+
+def test_type_checkers_see_the_names_that_are_loaded_lazily(repository: Path) -> None:
+    tree = ast.parse((repository / "src" / "inlay" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    seen = {a.asname: f"{n.module}" for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert seen == inlay._MODULE_OF
+    aliases = {
+        target.id: n.value.id
+        for n in block.body
+        if isinstance(n, ast.Assign) and isinstance(n.value, ast.Name)
+        for target in n.targets
+        if isinstance(target, ast.Name)
+    }
+    assert aliases == inlay._ALIASES
 
 
 def test_the_version_is_the_installed_one() -> None:

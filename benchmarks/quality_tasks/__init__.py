@@ -40,9 +40,11 @@ _ALL: tuple[Task, ...] = (
         head=("lm_head",),
         new_head=False,
         task_type="CAUSAL_LM",
-        rates=SMALL_RATES | {"adapter": (3e-3, 6e-3, 1.2e-2)},
+        # 1.2e-2 is ahead after a third of the steps, by which rates are chosen, and behind after all of them.
+        rates=SMALL_RATES | {"adapter": (1.5e-3, 3e-3, 6e-3)},
         bound=("dev", 0.82),
         control=True,
+        pool=1,
         most={"train": 4800, "dev": 300, "test": 1000},
     ),
     Sentences(

@@ -106,7 +106,8 @@ class Sorting(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, answers = self._answers(model, batch)
-        return cross_entropy(logits.flatten(0, 1), answers.flatten())
+        loss = cross_entropy(logits.flatten(0, 1), answers.flatten())
+        return loss + model.penalty() if hasattr(model, "penalty") else loss  # type: ignore[operator]
 
     def score(self, model: nn.Module, batches: Sequence[Batch]) -> float:
         answered = (self._answers(model, batch) for batch in batches)

@@ -10,7 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from inlay import LoraConfig, PeftConfig, get_peft_model
+from inlay import (
+    AdaLoraConfig,
+    BitFitConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    ShiraConfig,
+    get_peft_model,
+)
 
 from .task import Task
 
@@ -66,13 +74,36 @@ def adapter(config: type[PeftConfig], **options: Any) -> Prepare:
     return prepare
 
 
+def _rank(task: Task) -> int:
+    return task.rank
+
+
+# A third of the steps is left after the last rank has gone; the scale is alpha / init_r.
+RANK_BUDGET = {
+    "init_r": lambda task: task.rank * 3 // 2,
+    "target_r": _rank,
+    "lora_alpha": lambda task: task.alpha * 3 // 2,
+    "total_step": lambda task: task.steps,
+    "tinit": lambda task: task.steps // 10,
+    "tfinal": lambda task: task.steps // 3,
+    "deltaT": lambda task: max(1, task.steps // 60),
+}
 LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
 
+STATE = 3
+"""Tensors beside each trained one: its gradient and Adam's two averages."""
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", everything, rates="full"),
     "head": Method("frozen base, head only", head_only, rates="head"),
     "lora": Method("LoRA", adapter(LoraConfig, **LOW_RANK)),
     "dora": Method("DoRA", adapter(LoraConfig, use_dora=True, **LOW_RANK), rate_of="lora"),
+    "adalora": Method("AdaLoRA", adapter(AdaLoraConfig, **RANK_BUDGET)),
+    "shira": Method("SHiRA, random mask", adapter(ShiraConfig, r=_rank, random_seed=0)),
+    "shira-wm": Method(
+        "SHiRA, largest weights", adapter(ShiraConfig, r=_rank, mask_type="wm"), rate_of="shira"
+    ),
+    "ia3": Method("(IA)3", adapter(IA3Config, feedforward_modules=())),
+    "bitfit": Method("BitFit", adapter(BitFitConfig, target_modules=None)),
     "lora-random": Method(
         "LoRA on random weights", adapter(LoraConfig, **LOW_RANK), rate_of="lora", pretrained=False
     ),
@@ -86,7 +117,7 @@ def methods_of(task: Task, methods: list[str]) -> list[str]:
 
 def sizes(task: Task, base_total: int, model: nn.Module) -> dict[str, int]:
     """Return how many parameters the base has, how many are trained, how many of those are not the task's new head,
-    and the bytes that are stored after training."""
+    the bytes of weights, gradients and optimizer, and the bytes that are stored after training."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     in_head = {name for name in trained if task.new_head and set(name.split(".")) & set(task.head)}
     in_head = {name for name in in_head if "lora_" not in name}
@@ -95,6 +126,7 @@ def sizes(task: Task, base_total: int, model: nn.Module) -> dict[str, int]:
         "total": base_total,
         "trained": count,
         "beside_head": count - sum(trained[name].numel() for name in in_head),
+        "static": sum(p.nbytes for p in model.parameters()) + STATE * sum(p.nbytes for p in trained.values()),
         "bytes": _stored(model, trained),
     }
 

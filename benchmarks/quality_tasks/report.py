@@ -108,7 +108,8 @@ def setting(runs: list[Record]) -> list[str]:
         "- A learning rate is chosen by the score on dev after a third of the steps with the first seed; DoRA and the control "
         "on random weights take LoRA's. The test split is scored once a run and decides nothing.",
         "- ms/step is processor time, mean over the steps, not wall time. Stored is what has to be kept for each task: the "
-        "adapter's file, or the trained weights.",
+        "adapter's file, or the trained weights. Static memory: weights, gradients and Adam's averages; dynamic: what the "
+        "first step keeps for its backward pass.",
     ]
 
 
@@ -117,17 +118,23 @@ def table(task: Task, found: dict[str, Result]) -> list[str]:
     lines = [
         f"{settings}; {task.metric}{', lower is better' if task.lower_is_better else ''}.",
         "",
-        "| method | test | dev | seeds | trained | of the base | beside the head | stored, kB | ms/step | rate |",
-        "|--|--|--|--|--|--|--|--|--|--|",
+        "| method | test | dev | seeds | trained | of the base | beside the head | stored, kB | static, MB | dynamic, MB "
+        "| ms/step | rate |",
+        "|--|--|--|--|--|--|--|--|--|--|--|--|",
     ]
     for result in found.values():
         run = result.runs[0]
         lines.append(
             f"| {result.title} | {result.spread('test')} | {result.spread('dev')} | {len(result.runs)} "
             f"| {run['trained']:,} | {result.part:.2%} | {run['beside_head'] / run['total']:.2%} "
-            f"| {run['bytes'] / 1e3:,.0f} | {result.mean('milliseconds'):.0f} | {result.rate:g} |"
+            f"| {run['bytes'] / 1e3:,.0f} | {megabytes(run, 'static')} | {megabytes(run, 'dynamic')} "
+            f"| {result.mean('milliseconds'):.0f} | {result.rate:g} |"
         )
     return lines
+
+
+def megabytes(run: Record, key: str) -> str:
+    return f"{run[key] / 1e6:.1f}" if key in run else "-"  # runs of an older script did not measure it
 
 
 def rates(task: Task, found: dict[str, Result]) -> list[str]:

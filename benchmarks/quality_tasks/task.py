@@ -37,6 +37,7 @@ class Task(ABC):
         bound: a split and the score on it that a run with PEFT reached; a goal of its own.
         control: whether the adapter is also trained on the same architecture with random weights.
         most: examples used of a split; all where it is not named.
+        pool: batches whose examples are sorted by length together, so that less is padded; 1 leaves the order to chance.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task(ABC):
     bound: tuple[str, float] | None = None
     control: bool = False
     most: Mapping[str, int] = field(default_factory=dict)
+    pool: int = 2
 
     def missing(self, shared: Path) -> str | None:
         """Return what this machine lacks for the task, or None."""

@@ -16,8 +16,6 @@ from .task import Batch, Example, Task
 
 WARM_UP = 0.1
 LARGEST_GRADIENT = 1.0
-GROUP = 2
-"""Batches whose examples are sorted by length together, so that little is padded."""
 
 
 def run(
@@ -32,12 +30,14 @@ def run(
     total = sum(p.numel() for p in model.parameters())
     model = method.prepare(task, model)
     held_out = {split: _in_batches(task, splits[split]) for split in splits if split != "train"}
+    dynamic = saved_bytes(task, model, next(batches(task, splits["train"], seed)))
     before = {} if task.new_head else {"before": score(task, model, held_out["dev"])}
     milliseconds, last = _train(task, model, rate, batches(task, splits["train"], seed))
     return {
         **{split: score(task, model, part) for split, part in held_out.items()},
         **before,
         **sizes(task, total, model),
+        "dynamic": dynamic,
         "milliseconds": milliseconds,
         "train_loss": last,
     }
@@ -45,26 +45,45 @@ def run(
 
 def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -> tuple[float, float]:
     """Return processor milliseconds per step and the mean loss of the last tenth of the steps."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
+    steps_itself = hasattr(model, "stepping_adapters") and bool(model.stepping_adapters())  # type: ignore[operator]
     warm = max(1, round(WARM_UP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (task.steps - step) / (task.steps - warm + 1))
     )
     training_mode(model)
     losses, start = [], time.process_time()
-    for _ in range(task.steps):
+    for step in range(task.steps):
         loss = task.loss(model, next(stream))
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         schedule.step()
+        if steps_itself:
+            model.update_and_allocate(step)  # type: ignore[operator]
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     # The processor's own clock: on a machine that others use as well, a wall clock measures them.
     taken = (time.process_time() - start) * 1e3 / task.steps
     last = losses[-max(1, task.steps // 10) :]
     return taken, sum(last) / len(last)
+
+
+def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
+    """Return the bytes of distinct memory that a training step keeps for its backward pass, the model's own left out."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
+
+    training_mode(model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = task.loss(model, batch)
+    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    del loss
+    return total
 
 
 def training_mode(model: nn.Module) -> None:
@@ -87,7 +106,7 @@ def batches(task: Task, examples: list[Example], seed: int) -> Iterator[Batch]:
     size = min(task.batch_size, len(examples))
     while True:
         shuffled = order.sample(examples, len(examples))
-        pools = [shuffled[i : i + size * GROUP] for i in range(0, len(shuffled), size * GROUP)]
+        pools = [shuffled[i : i + size * task.pool] for i in range(0, len(shuffled), size * task.pool)]
         ordered = [example for pool in pools for example in sorted(pool, key=task.length)]
         groups = [ordered[i : i + size] for i in range(0, len(ordered) - size + 1, size)]
         order.shuffle(groups)

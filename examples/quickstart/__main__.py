@@ -36,7 +36,7 @@ METHODS = {
     "lora": "--learning-rate 2e-3 --method.r 8 --method.lora_alpha 16 --method.target_modules all-linear",
     "full": "--learning-rate 2e-4",
 }
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Size:
     batch_size: int
 
 
-FULL = Size({"train": 360, "dev": 80, "test": 200}, epochs=2, batch_size=32)
+FULL = Size({"train": 240, "dev": 60, "test": 120}, epochs=2, batch_size=32)
 QUICK = Size({"train": 16, "dev": 8, "test": 8}, epochs=1, batch_size=8)
 
 
