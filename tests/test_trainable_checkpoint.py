@@ -15,7 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inlay import AdapterFileError, LoraConfig, TrainableParamsCheckpoint, freeze_delta, get_peft_model
+from inlay import (
+    AdapterFileError,
+    LoraConfig,
+    PeftModel,
+    ShiraConfig,
+    TrainableParamsCheckpoint,
+    freeze_delta,
+    get_peft_model,
+)
 
 Checkpoint = TrainableParamsCheckpoint
 
@@ -570,3 +578,22 @@ def test_it_is_an_ordinary_object_otherwise(tmp_path: Path) -> None:
     assert copy.deepcopy(checkpoint).directory == tmp_path
     with pytest.raises(AttributeError, match="no attribute 'sav'"):
         checkpoint.sav  # noqa: B018
+
+
+def test_values_inside_the_weight_do_not_make_it_another_base(tmp_path: Path) -> None:
+    def adapted() -> PeftModel:
+        torch.manual_seed(0)
+        return get_peft_model(
+            nn.Sequential(nn.Linear(16, 16)), ShiraConfig(r=1, target_modules=["0"], random_seed=0)
+        )
+
+    model, x = adapted(), torch.randn(3, 16)
+    with torch.no_grad():
+        for p in model.base_model.adapter_parameters("default"):
+            p.normal_()
+    y = model(x)  # writes the values into the weight
+    path = TrainableParamsCheckpoint(tmp_path).save(model)
+    fresh = adapted()
+    TrainableParamsCheckpoint.load(fresh, path)
+    assert torch.equal(fresh(x), y)
+    assert torch.equal(model(x), y)
