@@ -83,6 +83,9 @@ class PeftConfig:
                     f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(known)}."
                 )
             self.task_type = TaskType(self.task_type)
+        for name in ("target_modules", "exclude_modules"):
+            if hasattr(self, name):
+                setattr(self, name, name_set(getattr(self, name)))
         for name, only in self.not_implemented.items():
             if getattr(self, name) != only:
                 raise ValueError(

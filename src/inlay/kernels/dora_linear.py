@@ -137,7 +137,7 @@ def _values(
     keep: Tensor | None,
     gain: float,
 ) -> tuple[Tensor, Tensor]:
-    """Y and S[n, r]."""
+    """The output y, and S[n, r]."""
     rows = rows_of(x)
     s = project(rows, in_dtype(a, x), keep)
     y, y_rows = linear_output(x, rows, weight, None)

@@ -98,7 +98,7 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _values(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keep: Tensor | None, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """Y and S[n, r]."""
+    """The output y, and S[n, r]."""
     rows = rows_of(x)
     s = project(rows, in_dtype(a, x), keep)
     y, y_rows = linear_output(x, rows, weight, bias)

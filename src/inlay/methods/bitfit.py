@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType, name_set
+from ..config import PeftConfig, PeftType
 from ..kinds import LayerKind, Norm, kind_of
 from ..method import Column, Method, Slot
 from ..targets import matches
@@ -47,13 +47,6 @@ class BitFitConfig(PeftConfig):
     norms: bool = True
     query_and_second_mlp: bool = False
     modules_to_save: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.target_modules, self.exclude_modules = (
-            name_set(self.target_modules),
-            name_set(self.exclude_modules),
-        )
 
 
 class BitFit(Method, name="BITFIT"):

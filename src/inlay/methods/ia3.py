@@ -76,8 +76,6 @@ class IA3Config(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules)
-        self.exclude_modules = name_set(self.exclude_modules)
         self.feedforward_modules = name_set(self.feedforward_modules)
         if not isinstance(self.target_modules, set) or not isinstance(self.feedforward_modules, set):
             return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType, name_set
+from ..config import PeftConfig, PeftType
 from ..kinds import LayerKind, Norm, kind_of
 from ..method import Column, Method, Slot
 from ..walk import places_to_adapt
@@ -36,13 +36,6 @@ class LNTuningConfig(PeftConfig):
     target_modules: Collection[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None
     modules_to_save: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.target_modules, self.exclude_modules = (
-            name_set(self.target_modules),
-            name_set(self.exclude_modules),
-        )
 
 
 class NormValues(nn.Module):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType, name_set
+from ..config import PeftConfig, PeftType
 from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is_init, start
 from ..kernels.lora_linear import lora_linear
 from ..kinds import LayerKind, Linear
@@ -110,10 +110,6 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules, self.exclude_modules = (
-            name_set(self.target_modules),
-            name_set(self.exclude_modules),
-        )
         if isinstance(self.eva_config, dict):
             self.eva_config = EvaConfig(**self.eva_config)
         if isinstance(self.loftq_config, LoftQConfig):

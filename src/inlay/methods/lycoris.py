@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, name_set
+from ..config import PeftConfig
 from ..kinds import Conv, LayerKind, Norm
 from ..method import Method, Slot
 from .lora import by_pattern
@@ -55,8 +55,6 @@ class LycorisConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules)
-        self.exclude_modules = name_set(self.exclude_modules)
         if self.r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         for name in ("rank_dropout", "module_dropout"):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType, name_set
+from ..config import PeftConfig, PeftType
 from ..errors import PeftWarning
 from ..kinds import Conv, Embedding, LayerKind, Norm
 from ..method import Column, Method, Slot
@@ -75,8 +75,6 @@ class OFTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules)
-        self.exclude_modules = name_set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType, name_set
+from ..config import PeftConfig, PeftType
 from ..kinds import Embedding, LayerKind, Linear
 from ..method import Column, Method, Slot
 from ..targets import embedding_ends
@@ -38,7 +38,6 @@ class TrainableTokensConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules)
         if len(set(self.token_indices)) != len(self.token_indices):
             raise ValueError(f"token_indices names a token twice: {sorted(self.token_indices)}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import PeftConfig, PeftType, name_set
+from ...config import PeftConfig, PeftType
 from ...kinds import LayerKind
 from ...method import Column, Method, Slot
 from .masks import CALIBRATED, MASKS, layer_seed
@@ -63,8 +63,6 @@ class ShiraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = name_set(self.target_modules)
-        self.exclude_modules = name_set(self.exclude_modules)
         if self.r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if self.inference_mode and self.mask_fn is None and self.mask_type not in MASKS:
