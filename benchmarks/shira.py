@@ -13,9 +13,7 @@ place of the other; with LoRA it is merged after the other is unmerged.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from step import CLOCKS, FROZEN, VOCABULARY, measure, processor, ratios, spread
+from instruments import CLOCKS, arguments_of_timing, interleaved, processor, ratios, spread, write_report
+from step import FROZEN, VOCABULARY, loss_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,8 +43,7 @@ class Trained:
 
     def step(self, tokens: Tensor) -> None:
         """Run forward, backward and the optimizer's step."""
-        embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
-        self.model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss.backward()
+        loss_of(self.model, tokens).backward()  # type: ignore[no-untyped-call]
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -103,7 +101,7 @@ def step_section(arguments: argparse.Namespace, width: int, layers: int) -> list
     tokens = torch.randint(VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
     found = variants(width, layers, arguments.r)
     calls = {name: (lambda v=v: v.step(tokens)) for name, v in found.items()}
-    taken = measure(calls, arguments.rounds, CLOCKS[arguments.clock])
+    taken = interleaved(calls, arguments.rounds, CLOCKS[arguments.clock])
     peaks = {name: peak_bytes(v, tokens) for name, v in found.items()}
     parameters = [p for name, p in found[FROZEN].model.named_parameters() if any(t in name for t in TARGETS)]
     trained = sum(p.numel() for p in found[SHIRA].model.parameters() if p.requires_grad)
@@ -133,7 +131,7 @@ def switch_section(arguments: argparse.Namespace, d: int) -> list[str]:
             switch = write_values if f"{library} {method}" == SHIRA else fuse
             calls[f"{library} {method}"] = partial(switch, model.eval())
     with torch.no_grad():
-        taken = measure(calls, 3 * arguments.rounds, CLOCKS[arguments.clock])
+        taken = interleaved(calls, 3 * arguments.rounds, CLOCKS[arguments.clock])
     lines = [f"| Linear({d}, {d}) | ms a switch, median | ms, least | / inlay SHiRA |", "|--|--|--|--|"]
     for name, values in taken.items():
         against = median(ratios(values, taken[SHIRA]))
@@ -187,30 +185,14 @@ def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds, at least 2")
+    parser = arguments_of_timing(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["512x3", "1024x1"], help="width x layers of the model")
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu is meaningful with one thread only"
-    )
-    parser.add_argument("--date", default=datetime.date.today().isoformat())
-    parser.add_argument(
-        "--report", type=Path, help="file to write; default benchmarks/reports/<date>-shira.md"
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", "Sparse invariant checks")  # in PEFT's SHiRA
     warnings.filterwarnings("ignore", "Already unmerged")  # before PEFT's first switch
-    path = arguments.report or Path(__file__).parent / "reports" / f"{arguments.date}-shira.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for lines in sections(arguments):
-            for target in (file, sys.stdout):
-                print("\n".join(lines), file=target, flush=True)
+    write_report(arguments, "shira", sections(arguments))
 
 
 if __name__ == "__main__":

@@ -11,28 +11,34 @@ a ratio is the median over rounds of the ratio within the round.
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
 import importlib
 import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from instruments import (
+    CLOCKS,
+    arguments_of_timing,
+    interleaved,
+    processor,
+    ratios,
+    saved_bytes,
+    spread,
+    write_report,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 1000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FROZEN, CONTROL = "frozen", "frozen, second copy"
 
 
@@ -86,24 +92,16 @@ def variants(dtype: torch.dtype, layers: int) -> dict[str, Variant]:
     return {name: Variant(model, []) for name, model in models.items()}
 
 
-def step(model: Any, tokens: Tensor) -> None:
+def loss_of(model: Any, tokens: Tensor) -> Tensor:
+    """Return the loss, with gradients asked for down to the input embeddings."""
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss.backward()
+    loss: Tensor = model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss
+    return loss
+
+
+def step(model: Any, tokens: Tensor) -> None:
+    loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
-
-
-def measure(
-    calls: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, after one round that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name in list(calls)[:: 1 if turn % 2 else -1]:
-            gc.collect()
-            start = clock()
-            calls[name]()
-            taken[name].append((clock() - start) * 1e3)
-    return {name: values[1:] for name, values in taken.items()}
 
 
 def in_place_addmm_flops(into: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
@@ -119,23 +117,6 @@ def flops(model: nn.Module, tokens: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes of distinct memory kept for backward, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()  # type: ignore[operator]
-        loss = model(inputs_embeds=embeddings, labels=tokens, use_cache=False).loss
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
-    del loss
-    return total
-
-
 def import_table(clock: str, times: int = 5) -> list[str]:
     """The least of some interleaved runs of each import, in processes of their own."""
     statements = ("import torch", "import inlay", "from inlay import get_peft_model", "import peft")
@@ -149,15 +130,6 @@ def import_table(clock: str, times: int = 5) -> list[str]:
     base = min(seconds["import torch"])
     lines = ["| statement | seconds, least | beyond torch |", "|--|--|--|"]
     return lines + [f"| `{s}` | {min(v):.2f} | {min(v) - base:+.2f} |" for s, v in seconds.items()]
-
-
-def spread(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
-    return [n / d for n, d in zip(numerator, denominator, strict=True)]
 
 
 def step_table(found: dict[str, Variant]) -> list[str]:
@@ -188,7 +160,7 @@ def inference_table(found: dict[str, Variant], tokens: Tensor, arguments: argpar
             model(input_ids=tokens, use_cache=False)
 
     calls = {name: (lambda model=model: run(model)) for name, model in models.items()}
-    taken = measure(calls, 2 * arguments.rounds, CLOCKS[arguments.clock])
+    taken = interleaved(calls, 2 * arguments.rounds, CLOCKS[arguments.clock])
     lines = ["| forward in eval mode | ms, median | / frozen (quartiles) | DoRA / LoRA |", "|--|--|--|--|"]
     for name, values in taken.items():
         base = taken.get(name.replace("DoRA", "LoRA")) if "DoRA" in name else None
@@ -196,18 +168,6 @@ def inference_table(found: dict[str, Variant], tokens: Tensor, arguments: argpar
         middle = statistics.median(values)
         lines.append(f"| {name} | {middle:.1f} | {spread(ratios(values, taken[FROZEN]))} | {against} |")
     return lines
-
-
-def processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    text = facts.read_text() if facts.exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    units = [
-        unit
-        for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        if f" {unit} " in text.replace("\n", " ")
-    ]
-    return f"{names[0] if names else platform.processor()} ({', '.join(units)})"
 
 
 def setting(arguments: argparse.Namespace) -> list[str]:
@@ -228,41 +188,26 @@ def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
     yield [f"# Cost of a step, {arguments.date}", "", *setting(arguments)]
     for label in arguments.dtypes:
         found = variants(DTYPES[label], arguments.layers)
-        taken = measure(
+        taken = interleaved(
             {name: (lambda model=v.model: step(model, tokens)) for name, v in found.items()},
             arguments.rounds,
             clock,
         )
         for name, variant in found.items():
             variant.milliseconds = taken[name]
-            variant.flops, variant.saved = flops(variant.model, tokens), saved_bytes(variant.model, tokens)
+            variant.flops = flops(variant.model, tokens)
+            variant.saved = saved_bytes(variant.model, partial(loss_of, variant.model, tokens))
         yield ["", f"## {label}", "", *step_table(found), "", *inference_table(found, tokens, arguments)]
     yield ["", "## Import", "", *import_table(arguments.clock)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds, at least 2")
+    parser = arguments_of_timing(__doc__)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu is meaningful with one thread only"
-    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--date", default=datetime.date.today().isoformat())
-    parser.add_argument(
-        "--report", type=Path, help="file to write; default benchmarks/reports/<date>-step.md"
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    path = arguments.report or Path(__file__).parent / "reports" / f"{arguments.date}-step.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for lines in sections(arguments):
-            for target in (file, sys.stdout):
-                print("\n".join(lines), file=target, flush=True)
+    write_report(arguments, "step", sections(arguments))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from instruments import saved_bytes
 from torch import nn
 
 from .methods import Method, sizes
@@ -30,7 +31,9 @@ def run(
     total = sum(p.numel() for p in model.parameters())
     model = method.prepare(task, model)
     held_out = {split: _in_batches(task, splits[split]) for split in splits if split != "train"}
-    dynamic = saved_bytes(task, model, next(batches(task, splits["train"], seed)))
+    training_mode(model)
+    first = next(batches(task, splits["train"], seed))
+    dynamic = saved_bytes(model, lambda: task.loss(model, first))
     before = {} if task.new_head else {"before": score(task, model, held_out["dev"])}
     milliseconds, last = _train(task, model, rate, batches(task, splits["train"], seed))
     return {
@@ -67,23 +70,6 @@ def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -
     taken = (time.process_time() - start) * 1e3 / task.steps
     last = losses[-max(1, task.steps // 10) :]
     return taken, sum(last) / len(last)
-
-
-def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Return the bytes of distinct memory that a training step keeps for its backward pass, the model's own left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor
-
-    training_mode(model)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = task.loss(model, batch)
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
-    del loss
-    return total
 
 
 def training_mode(model: nn.Module) -> None:
