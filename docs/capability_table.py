@@ -28,6 +28,7 @@ from inlay import (
     PeftConfig,
     ShiraConfig,
     TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
 )
 
@@ -78,6 +79,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], PeftConfig]] = {
     "DoRA": lambda where: LoraConfig(r=2, use_dora=True, **where),
     "LoHa": lambda where: LoHaConfig(r=2, **where),
     "LoKr": lambda where: LoKrConfig(r=1, **where),
+    "VeRA": lambda where: VeraConfig(r=2, **where),
     "OFT": lambda where: OFTConfig(r=1, oft_block_size=0, use_cayley_neumann=False, **where),
     "AdaLoRA": lambda where: AdaLoraConfig(init_r=2, target_r=1, total_step=9, **where),
     "SHiRA": lambda where: ShiraConfig(r=1, **where),

@@ -27,10 +27,12 @@ from inlay import (
     PeftConfig,
     ShiraConfig,
     TrainableTokensConfig,
+    VeraConfig,
 )
 from law_models import MODELS, RANK, build, conv_delta, expert_delta, inputs_of
 
 ALPHA = 5
+VERA_SEED = 5
 TOKENS = [1, 4]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -48,6 +50,8 @@ class Spot:
         token_axis: axis of ``param`` whose entries belong to single tokens.
         groups: groups of a convolution.
         base: the bare model's own (W, b), which the reference fills in.
+        largest: largest number of rows and of columns of a case's matrices W[out, in], which the reference fills in.
+        padding: the token that an embedding keeps as it is, which the reference fills in.
     """
 
     layer: str = "layer"
@@ -59,6 +63,14 @@ class Spot:
     token_axis: int = 0
     groups: int = 1
     base: Any = None
+    largest: tuple[int, int] = (0, 0)
+    padding: int | None = None
+
+    def size(self, w: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of the matrix W[out, in] that a parameter is (of one group, of one expert)."""
+        out = w.shape[self.out_axes[-1]]
+        experts = w.shape[0] if len(self.out_axes) > 1 else 1
+        return out, w.numel() // (out * experts)
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,21 @@ def adalora(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tu
     return _added(spot, w, ALPHA / (RANK + 1e-5) * delta), b
 
 
+def vera(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """W' = W + diag(b) B diag(d) A, with parts of a pair that is drawn for the largest layer."""
+    generator = torch.Generator().manual_seed(VERA_SEED)
+    rows, columns = spot.largest
+    down = (2 * torch.rand(RANK, columns, generator=generator) - 1) * math.sqrt(6 / columns)
+    up = (2 * torch.rand(rows, RANK, generator=generator) - 1) * math.sqrt(6 / RANK)
+    if spot.padding is not None:
+        down[:, spot.padding] = 0
+    gain_b, gain_d = p["vera_lambda_b"], p["vera_lambda_d"]
+    native = w[:, : w.shape[1] // spot.groups] if spot.groups > 1 else w
+    rows, columns = spot.size(native)
+    scaled_up = gain_b[..., :, None] * up[:rows].double() * gain_d[..., None, :]
+    return _added(spot, w, scaled_up @ down[:, :columns].double()), b
+
+
 def loha(spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """W' = W + s (A1 B1) * (A2 B2), each with a factor for a convolution's kernel."""
     products = [_with_core(p.get(f"hada_t{n}"), p[f"hada_w{n}_a"], p[f"hada_w{n}_b"]) for n in (1, 2)]
@@ -280,6 +307,13 @@ METHODS = [
     ),
     MethodCase("dora", lambda **s: _lora_config(use_dora=True, **s), dora, lambda k: not k.norm),
     MethodCase("adalora", _adalora_config, adalora, lambda k: not k.norm, additive=True),
+    MethodCase(
+        "vera",
+        lambda **s: VeraConfig(r=RANK, projection_prng_key=VERA_SEED, **s),
+        vera,
+        lambda k: not k.norm,
+        additive=True,
+    ),
     MethodCase("trainable_tokens", _tokens_config, tokens, lambda k: k.tokens),
     MethodCase(
         "shira",

@@ -58,6 +58,8 @@ def reference(
     """Return in float64 what the model computes with adapters in this order; each gives its parameters spot by spot."""
     bare = kind.build(dtype).double()
     tensors: dict[str, Tensor] = {}
+    sizes = [spot.size(getattr(bare.get_submodule(spot.path), spot.param)) for spot in kind.spots]
+    largest = (max(rows for rows, _ in sizes), max(columns for _, columns in sizes))
     for index, spot in enumerate(kind.spots):
         module = bare.get_submodule(spot.path)
         w = getattr(module, spot.param).detach()
@@ -71,7 +73,8 @@ def reference(
                 torch.block_diag(*w.flatten(1).chunk(spot.groups)).unflatten(1, (-1, *w.shape[2:])),
                 1,
             )
-        spot = replace(spot, base=(w, b))
+        padding = getattr(module, "padding_idx", None)
+        spot = replace(spot, base=(w, b), largest=largest, padding=padding)
         for method, parameters in stack:
             w, b = method.formula(spot, w, b, parameters[index])
         tensors[f"{spot.path}.{spot.param}"] = w

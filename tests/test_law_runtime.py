@@ -20,6 +20,7 @@ BY_NAME = {method.name: method for method in METHODS}
 COMPILED = [
     ("lora", "linear"), ("lora_bias", "linear"), ("dora", "linear"), ("lora", "gpt2_conv1d"), ("lora", "conv2d"), ("dora", "conv2d_groups"),
     ("lora", "embedding_padding"), ("dora", "embedding"), ("trainable_tokens", "embedding"), ("lora", "mha"), ("dora", "experts_two"),
+    ("vera", "linear"),
 ]  # fmt: skip
 QUICK = COMPILED[:3]
 

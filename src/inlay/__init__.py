@@ -34,6 +34,7 @@ _WHERE = {
     "methods.oft": "OFTConfig",
     "methods.shira": "ShiraConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
+    "methods.vera": "VeraConfig",
     "peft_model": "PeftModel",
     "ranks": "draw_ranks rank_report write_rank_report",
     "methods.shira.calibration": "calibrate_shira",
@@ -55,6 +56,7 @@ _ALIASES = {
     "LoraModel": "AdaptedModel",
     "OFTModel": "AdaptedModel",
     "ShiraModel": "AdaptedModel",
+    "VeraModel": "AdaptedModel",
     "LoraLayer": "AdaptedLayer",
     "BaseTuner": "AdaptedModel",
     "BaseTunerLayer": "AdaptedLayer",
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
     from .methods.shira.overlap import ShiraOverlap as ShiraOverlap
     from .methods.shira.overlap import shira_overlap as shira_overlap
     from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from .methods.vera import VeraConfig as VeraConfig
     from .peft_model import PeftModel as PeftModel
     from .ranks import draw_ranks as draw_ranks
     from .ranks import rank_report as rank_report
@@ -147,5 +150,5 @@ if TYPE_CHECKING:
 
     AdaLoraModel = BaseTuner = IA3Model = LNTuningModel = LoHaModel = LoKrModel = LoraModel = OFTModel = (
         ShiraModel
-    ) = AdaptedModel
+    ) = VeraModel = AdaptedModel
     BaseTunerLayer = LoraLayer = AdaptedLayer

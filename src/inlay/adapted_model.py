@@ -153,7 +153,7 @@ class AdaptedModel(nn.Module):
                 for path, p in self.model.named_parameters()
                 if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path
             )
-        elif mode == "lora_only":
+        elif mode == self.peft_config[name].bias_of_targets:
             yield from (b for slot in self.slots(name) if isinstance(b := slot.bias(), nn.Parameter))
 
     def slots(self, name: str) -> Iterator[Slot]:
@@ -394,9 +394,9 @@ def _check_name(name: str, taken: dict[str, PeftConfig]) -> None:
 
 def _check_bias(config: PeftConfig, present: dict[str, PeftConfig]) -> None:
     mode = getattr(config, "bias", "none")
-    if mode not in ("none", "all", "lora_only"):
+    if mode not in (known := ("none", "all", config.bias_of_targets)):
         raise NotImplementedError(
-            f"Requested bias: {mode}, is not implemented. Known: 'none', 'all', 'lora_only'."
+            f"Requested bias: {mode}, is not implemented. Known: {', '.join(map(repr, known))}."
         )
     if mode != "none" and any(getattr(c, "bias", "none") != "none" for c in present.values()):
         raise ValueError(

@@ -24,9 +24,10 @@ from .errors import AdapterFileError, PeftWarning
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
+from .method import Slot
 from .slots import BufferDict
 from .targets import embedding_ends, model_config
-from .walk import Place, places, unwrapped, wrappers
+from .walk import Place, adapted_layers, places, unwrapped, wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
@@ -67,15 +68,16 @@ def get_peft_model_state_dict(
     keys = disk_keys(model, adapter_name)
     for name in _embedding_keys(model, adapter_name, save_embedding_layers):
         keys.setdefault(name, name)
+    shared = _shared_tensors(_first_slot(model, adapter_name))
     if state_dict is None:
         live = _tensors(model) | _before_merging(model)
         live |= {
             name: layer.inside.base() for name, layer in _holding(model) if name in keys and layer.inside
         }
-        return {disk: live[memory].detach() for memory, disk in keys.items()}
+        return {disk: live[memory].detach() for memory, disk in keys.items()} | shared
     if lacking := sorted(keys.keys() - state_dict.keys()):
         raise AdapterFileError(f"the given state_dict lacks {lacking} of adapter {adapter_name!r}")
-    return {disk: state_dict[memory] for memory, disk in keys.items()}
+    return {disk: state_dict[memory] for memory, disk in keys.items()} | shared
 
 
 def set_peft_model_state_dict(
@@ -102,10 +104,12 @@ def set_peft_model_state_dict(
         RuntimeError: a tensor has another shape than its parameter.
     """
     keys = disk_keys(model, adapter_name)
+    first = _first_slot(model, adapter_name)
+    shared = {key: peft_model_state_dict.get(key) for key in _shared_keys(first)}
     memory = {disk: name for name, disk in keys.items()}
     live = _tensors(model)
     base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
-    wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict}
+    wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict if disk not in shared}
     wrong = [
         (d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape
     ]
@@ -118,6 +122,9 @@ def set_peft_model_state_dict(
         raise AdapterFileError(
             "the state does not fit the model (size mismatch); nothing was loaded:\n  " + "\n  ".join(lines)
         )
+    given = [tensor for tensor in shared.values() if tensor is not None]
+    if first is not None and given and len(given) == len(shared):
+        first.method.load_shared(first.config, given)
     fitting = {d: m for d, m in wanted.items() if m is not None and (d, m) not in wrong}
     for name, layer in _holding(model):
         if name in fitting.values() and layer.inside is not None:
@@ -130,6 +137,7 @@ def set_peft_model_state_dict(
             else:
                 _replace(model, [n for n, t in live.items() if t is present], present, value)
     missing = [name for name, disk in keys.items() if disk not in fitting]
+    missing += [key for key, tensor in shared.items() if tensor is None]
     return IncompatibleKeys(missing, [disk for disk, name in wanted.items() if name is None])
 
 
@@ -211,11 +219,26 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
         elif isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             for name in wrapper.modules_to_save[adapter_name].state_dict():
                 keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{prefix}{path}.{name}"
-    keys |= {
-        name: name
-        for name in _bias_names(prefix, bare, getattr(configs[adapter_name], "bias", "none"), adapter_name)
-    }
+    keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
     return keys
+
+
+def _first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
+    """Return a slot of the adapter's own method, which knows the adapter as a whole."""
+    config = cast("Any", model).peft_config[adapter_name]
+    slots = (w.slots.get(adapter_name) for _, w in adapted_layers(_bare_model(model)[1]))
+    return next((slot for slot in slots if slot is not None and slot.config is config), None)
+
+
+def _shared_keys(slot: Slot | None) -> list[str]:
+    """Return the keys on disk of what an adapter keeps once for all its layers."""
+    names = () if slot is None else slot.method.shared_names(slot.config)
+    return [f"base_model.{name}" for name in names]
+
+
+def _shared_tensors(slot: Slot | None) -> dict[str, Tensor]:
+    keys = _shared_keys(slot)
+    return dict(zip(keys, slot.method.shared(slot.config), strict=True)) if slot and keys else {}
 
 
 def _twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
@@ -240,7 +263,8 @@ def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
     return ("model.", model.model) if isinstance(model, AdaptedModel) else ("", model)
 
 
-def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> list[str]:
+def _bias_names(prefix: str, bare: nn.Module, config: PeftConfig, adapter_name: str) -> list[str]:
+    mode = getattr(config, "bias", "none")
     names = [
         f"{prefix}{name}"
         for name, _ in bare.named_parameters()
@@ -248,7 +272,7 @@ def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> l
     ]
     if mode == "all":
         return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]
-    if mode == "lora_only":
+    if mode == config.bias_of_targets:
         layers = {
             f"{prefix}{path}"
             for path, w in wrappers(bare)
@@ -350,7 +374,7 @@ class SavedAdapter:
         Raises:
             AdapterFileError: tensors are missing, unknown, or of another shape; nothing is changed then.
         """
-        expected = set(disk_keys(model, name).values())
+        expected = {*disk_keys(model, name).values(), *_shared_keys(_first_slot(model, name))}
         missing = sorted(expected - self.tensors.keys())
         twins = tuple(_twin_paths(model, name))
         unexpected = sorted(

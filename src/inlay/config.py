@@ -42,6 +42,7 @@ class PeftType(str, Enum):
     LOHA = "LOHA"
     LOKR = "LOKR"
     OFT = "OFT"
+    VERA = "VERA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
 
@@ -66,6 +67,8 @@ class PeftConfig:
 
     not_implemented: ClassVar[Mapping[str, Any]] = {}
     """Fields kept for the file format, with the only value that is accepted."""
+    bias_of_targets: ClassVar[str] = "lora_only"
+    """The value of ``bias``, where there is one, that trains the biases of the adapted layers alone."""
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None

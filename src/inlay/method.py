@@ -185,6 +185,21 @@ class Method:
     def fit(self, slot: Slot, config: Any) -> None:
         """Give a slot the shapes that a saved configuration asks for, whose values are about to be loaded."""
 
+    def shared_names(self, config: Any) -> tuple[str, ...]:
+        """Return the names of what a file holds of the adapter as a whole, beside what its slots hold."""
+        return ()
+
+    def shared(self, config: Any) -> Sequence[Tensor]:
+        """Return the tensors of ``shared_names``."""
+        return ()
+
+    def load_shared(self, config: Any, tensors: Sequence[Tensor]) -> None:
+        """Take up what ``shared`` returned.
+
+        Raises:
+            AdapterFileError: the tensors do not fit; nothing is changed then.
+        """
+
     def pack(self, slot: Slot, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what a file holds of a slot, by column, given what the slot holds."""
         return tensors

@@ -21,6 +21,7 @@ WARNINGS_OF_PEFT = [
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
     "Unsupported layer type",  # PEFT says so of its own normalisation layers
     "Careful, disabling adapter layers with bias configured",  # both say so, and it is true
+    "Specified to not (save|load) vera_A and vera_B",  # of which PEFT reminds everybody who sets save_projection=False
     "The following alpha_pattern keys did not match",
 ]
 

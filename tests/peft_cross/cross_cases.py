@@ -66,7 +66,8 @@ class CrossCase:
             for p in mine.parameters():
                 if p.requires_grad:
                     p += 0.2 * torch.randn(p.shape, generator=generator)
-        theirs.load_state_dict(mine.state_dict())
+        # VeRA keeps its pair in the state of every layer there.
+        theirs.load_state_dict(theirs.state_dict() | mine.state_dict())
         return mine, without_double_merge(theirs)
 
 
@@ -172,6 +173,10 @@ CASES = [
     CrossCase("ln_tuning_bert", "bert", {"target_modules": ["LayerNorm"], "task_type": "FEATURE_EXTRACTION"}, "LNTuningConfig"),
     CrossCase("ln_tuning_llama", "llama", {"task_type": "CAUSAL_LM"}, "LNTuningConfig"),
     CrossCase("ln_tuning_gpt2", "gpt2", {"task_type": "CAUSAL_LM"}, "LNTuningConfig"),
+    CrossCase("vera_bert", "bert", {"r": 6, "task_type": "FEATURE_EXTRACTION"}, "VeraConfig"),
+    CrossCase("vera_llama", "llama", {"r": 9, "target_modules": ["q_proj", "k_proj", "down_proj"], "projection_prng_key": 3, "task_type": "CAUSAL_LM"}, "VeraConfig"),
+    CrossCase("vera_gpt2", "gpt2", {"r": 5, "save_projection": False, "d_initial": 0.3, "task_type": "CAUSAL_LM"}, "VeraConfig"),
+    CrossCase("vera_head", "bert_classifier", {"r": 4, "bias": "vera_only", "task_type": "SEQ_CLS"}, "VeraConfig"),
     CrossCase("loha_bert", "bert", {"r": 2, "task_type": "FEATURE_EXTRACTION"}, "LoHaConfig"),
     CrossCase("loha_llama", "llama", {"r": 3, "alpha": 2, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}, "LoHaConfig"),
     CrossCase("loha_head", "bert_classifier", {"r": 2, "task_type": "SEQ_CLS"}, "LoHaConfig"),

@@ -23,7 +23,9 @@ def described(model: Any) -> list[tuple[str, tuple[int, ...], torch.dtype, bool]
 def test_parameters_in_memory(pair: Pair) -> None:
     _, mine, theirs = pair
     assert sorted(described(mine)) == sorted(described(theirs))
-    assert set(mine.state_dict()) == set(theirs.state_dict())
+    # PEFT keeps VeRA's shared pair in the state of every layer.
+    repeated = (".vera_A.default", ".vera_B.default")
+    assert set(mine.state_dict()) == {key for key in theirs.state_dict() if not key.endswith(repeated)}
 
 
 def test_keys_on_disk(pair: Pair) -> None:
@@ -38,7 +40,10 @@ def test_keys_on_disk(pair: Pair) -> None:
     assert all(torch.equal(got[key], value) for key, value in wanted.items())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+INJECTED = [case for case in CASES if case.config != "VeraConfig"]  # which PEFT refuses
+
+
+@pytest.mark.parametrize("case", INJECTED, ids=lambda case: case.name)
 def test_keys_on_disk_of_an_injected_adapter(case: CrossCase) -> None:
     mine = inlay.inject_adapter_in_model(case.configuration(inlay), case.base())
     theirs = peft.inject_adapter_in_model(case.configuration(peft), case.base())

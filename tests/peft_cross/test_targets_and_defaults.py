@@ -34,6 +34,7 @@ def default_of(field: Any) -> Any:
         "LoHaConfig",
         "LoKrConfig",
         "OFTConfig",
+        "VeraConfig",
     ],
 )
 def test_defaults_of_configurations(name: str) -> None:

@@ -136,6 +136,10 @@ class LayerKind:
         """Return ``up(down(x))`` without ever forming the product."""
         return F.linear(F.linear(x, down), up)
 
+    def through_matrices(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return what the layer's own operation makes of x with the canonical matrix ``up[out, r] @ down[r, in]``."""
+        return self.through(x, down, up)
+
 
 def dimensions(layer: nn.Module, param: str) -> int:
     """Return the number of axes of a layer's parameter, 0 where it has none of this name."""

@@ -102,6 +102,12 @@ class Conv(LayerKind):
         y: Tensor = self.function(self._convolve(x, down, groups=1), up, groups=self.groups)
         return y
 
+    def through_matrices(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        if self.groups > 1:
+            return self.apply(x, up @ down)
+        down = down.reshape(len(down), -1, *self.kernel_size)
+        return self.through(x, down, up.reshape(*up.shape, *[1] * len(self.kernel_size)))
+
 
 def _block_diagonal(m: Tensor, groups: int) -> Tensor:
     """Return ``m[out, in]`` of a grouped map as the dense ``[out, groups * in]`` with zeros between the groups."""

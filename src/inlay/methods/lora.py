@@ -247,9 +247,9 @@ def stored_factors(slot: Slot) -> tuple[Tensor, Tensor]:
     return slot["lora_embedding_A"], slot["lora_embedding_B"]
 
 
-def dropout_now(slot: Slot) -> float:
+def dropout_now(slot: Slot, column: str = "lora_dropout") -> float:
     """Return the dropout probability that holds at this moment: 0.0 outside training."""
-    dropout = slot["lora_dropout"]
+    dropout = slot[column]
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 

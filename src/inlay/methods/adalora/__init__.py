@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...kernels.lora_linear import lora_linear
 from ...kernels.orthogonality import orthogonality
-from ...kinds import Conv, Experts, LayerKind, Norm
+from ...kinds import Experts, LayerKind, Norm
 from ...method import Column, Method, Slot
 from ...targets import model_config
 from ...training.optimizer_state import watch_optimizers
@@ -96,7 +96,7 @@ class AdaLora(Method, name="ADALORA"):
         down, up = factors(slot, y.dtype)
         if x.is_floating_point():
             x = slot["lora_dropout"](x.to(y.dtype))
-        return torch.add(y, through(slot.kind, x, down, up).to(y.dtype), alpha=slot["scaling"])
+        return torch.add(y, slot.kind.through_matrices(x, down, up).to(y.dtype), alpha=slot["scaling"])
 
     def fused(self, slot: Slot, x: Tensor) -> Tensor | None:
         ready = fused_inputs(slot, x) if slot["r"] else None
@@ -225,16 +225,6 @@ def factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``down[..., r, in]`` and ``up[..., out, r]``, whose product is B diag(E) A, in the dtype of a computation."""
     down, up = folded(slot)
     return down.to(dtype), up.to(dtype)
-
-
-def through(kind: LayerKind, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return what the layer's own operation makes of x with the matrix ``up @ down``."""
-    if not isinstance(kind, Conv):
-        return kind.through(x, down, up)
-    if kind.groups > 1:
-        return kind.apply(x, up @ down)
-    down = down.reshape(len(down), -1, *kind.kernel_size)
-    return kind.through(x, down, up.reshape(*up.shape, *[1] * len(kind.kernel_size)))
 
 
 def scale_of(config: AdaLoraConfig) -> float:
