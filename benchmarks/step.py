@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from instruments import (
@@ -77,6 +77,35 @@ def adapted(library: str, dtype: torch.dtype, layers: int, **settings: Any) -> n
     return model.train()
 
 
+def adaptive(library: str, dtype: torch.dtype, layers: int, pruned: bool) -> nn.Module:
+    """Return a model with AdaLoRA: rank 12 to begin with, or 8 on average after the last ranks have gone."""
+    peft = importlib.import_module(library)
+    config = peft.AdaLoraConfig(
+        init_r=12,
+        target_r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        tinit=1,
+        tfinal=1,
+        total_step=4,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(llama(dtype, layers), config).train()
+    tokens = some_tokens()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for turn in range(4 if pruned else 1):
+        loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if pruned:
+            model.base_model.update_and_allocate(turn)
+        optimizer.zero_grad()
+    return cast("nn.Module", model)
+
+
+def some_tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
 def variants(dtype: torch.dtype, layers: int) -> dict[str, Variant]:
     models: dict[str, nn.Module] = {
         name: llama(dtype, layers).requires_grad_(False) for name in (FROZEN, CONTROL)
@@ -87,6 +116,9 @@ def variants(dtype: torch.dtype, layers: int) -> dict[str, Variant]:
             for p in (0.0, 0.1):
                 name = f"{library} {method}" + (f", dropout {p}" if p else "")
                 models[name] = adapted(library, dtype, layers, lora_dropout=p, use_dora=use_dora)
+        for pruned in (False, True):
+            name = f"{library} AdaLoRA" + (", pruned" if pruned else "")
+            models[name] = adaptive(library, dtype, layers, pruned)
     if dtype == torch.bfloat16:
         models["peft LoRA, adapters in bf16"] = adapted("peft", dtype, layers, narrow_adapters=True)
     return {name: Variant(model, []) for name, model in models.items()}
@@ -178,13 +210,14 @@ def setting(arguments: argparse.Namespace) -> list[str]:
         f"- Llama, {arguments.layers} layers, d 512, MLP 1376; {BATCH} x {LENGTH} tokens; r 8 on all seven linear layers; "
         f"{arguments.rounds} interleaved rounds",
         "- a step is forward and backward down to the input embeddings; no optimizer",
+        "- AdaLoRA: rank 12 before pruning, 8 on average after, with its penalty; PEFT keeps pruned ranks, as zeros",
     ]
 
 
 def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The report, each part as soon as it is measured."""
     clock = CLOCKS[arguments.clock]
-    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = some_tokens()
     yield [f"# Cost of a step, {arguments.date}", "", *setting(arguments)]
     for label in arguments.dtypes:
         found = variants(DTYPES[label], arguments.layers)
