@@ -3,8 +3,8 @@
     low-rank linear   y = (x L) R + b           x[..., in], L[in, rank], R[rank, out], b[out]
     bottleneck        y = h + up(f(down(h)))    h[..., d], down: d -> k, f elementwise, up: k -> d
 
-The bottleneck is that of Houlsby et al. 2019, https://arxiv.org/abs/1902.00751. With low-rank layers for ``down`` and ``up`` it is
-the low-rank adapter that Mahabadi et al. 2021 compare with in https://arxiv.org/abs/2106.04647.
+The bottleneck is that of Houlsby et al. 2019, https://arxiv.org/abs/1902.00751. With low-rank layers for ``down`` and ``up``
+it is the low-rank adapter that Mahabadi et al. 2021 compare with in https://arxiv.org/abs/2106.04647.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def low_rank_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
 class LowRankLinear(nn.Module):
     """A linear layer whose weight is the product of two thin factors: y = (x L) R + b.
 
-    The layout is that of the papers, x times weight: ``weight_left[in, rank]``, ``weight_right[rank, out]``, ``bias[out]``. As the
-    weight W[out, in] of an ``nn.Linear`` it is ``(weight_left @ weight_right).T``.
+    The layout is that of the papers, x times weight: ``weight_left[in, rank]``, ``weight_right[rank, out]``, ``bias[out]``. As
+    the weight W[out, in] of an ``nn.Linear`` it is ``(weight_left @ weight_right).T``.
 
     Args:
         in_features: width of the input.
