@@ -87,15 +87,15 @@ class AdapterLayer(nn.Module):
             )
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return hidden[..., hidden_size] with the adapter's part added, in the same dtype.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x[..., hidden_size] with the adapter's part added, in the dtype of x.
 
         Raises:
-            TypeError: ``hidden`` is not floating point.
-            ValueError: it is no matrix or larger, or has another width than ``hidden_size``.
+            TypeError: x is not floating point.
+            ValueError: x is no matrix or larger, or has another width than ``hidden_size``.
         """
-        checks.rows("AdapterLayer", hidden, self.hidden_size)
-        return bottleneck_residual(hidden, *self.mindpet_delta_adapter_block)
+        checks.rows("AdapterLayer", x, self.hidden_size)
+        return bottleneck_residual(x, *self.mindpet_delta_adapter_block)
 
 
 class AdapterDense(DenseParts):

@@ -120,16 +120,16 @@ class LowRankAdapterLayer(nn.Module):
             self.bottleneck_size, hidden_size, *made
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return hidden[..., hidden_size] with the adapter's part added, in the same dtype.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x[..., hidden_size] with the adapter's part added, in the dtype of x.
 
         Raises:
-            TypeError: ``hidden`` is not floating point.
-            ValueError: it is no matrix or larger, or has another width than ``hidden_size``.
+            TypeError: x is not floating point.
+            ValueError: x is no matrix or larger, or has another width than ``hidden_size``.
         """
-        checks.rows("LowRankAdapterLayer", hidden, self.hidden_size)
+        checks.rows("LowRankAdapterLayer", x, self.hidden_size)
         return bottleneck_residual(
-            hidden,
+            x,
             self.mindpet_delta_low_rank_adapter_down_sampler,
             self.mindpet_delta_low_rank_adapter_non_linear,
             self.mindpet_delta_low_rank_adapter_up_sampler,
