@@ -69,7 +69,11 @@ class Golden:
 
     def build(self, **changes: Any) -> nn.Module:
         """Return the layer of the case with its weights, in evaluation mode."""
-        hyper = {k: v for k, v in self.settings["hyper"].items() if self.layer != "prefix_encoder" or k != "batch_size"}
+        hyper = {
+            k: v
+            for k, v in self.settings["hyper"].items()
+            if self.layer != "prefix_encoder" or k != "batch_size"
+        }
         layer: nn.Module = getattr(mindpet, CLASSES[self.layer])(**hyper | changes)
         layer.load_state_dict(self.group("w"))
         return layer.eval()
