@@ -209,6 +209,7 @@ def test_calls_end_as_in_mindpet_or_as_documented(shared: Path) -> None:
             ValueError,
             r"out_perm=\(0, 1, 2, 3, 4\) must be an order of 0 to 4 that begins with 2",
         ),
+        (lambda: PrefixLayer(4, 1, 2, 6, 5).for_attention(-1), ValueError, "PrefixLayer: batch_size=-1 must not"),
         (lambda: PrefixEncoder(3, 2, 2, 4, False, 0, 0.0)(-1), ValueError, "batch_size=-1 must not be negative"),
         (lambda: PrefixEncoder(3, 2, 2, 4, False, 0, 0.0)(2.0), TypeError, "batch_size must be an int, not 2.0"),
         (lambda: PrefixEncoder(3, 2, 2, 4, False, 0, 0.0)(2, torch.int8), TypeError, "dtype must be one of"),

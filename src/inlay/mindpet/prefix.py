@@ -107,7 +107,7 @@ class PrefixLayer(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Return the key and the value of the prefix, [P, hidden_dim] each, of which gradients flow to the parameters."""
+        """Return the key and the value of the prefix, [P, hidden_dim] each; gradients flow to all parameters."""
         past = self.mindpet_delta_prefixtuning_control_trans(self.mindpet_delta_prefixtuning_wte.weight)
         past = self.dropout(past)
         if self.key_is_value:
@@ -119,8 +119,10 @@ class PrefixLayer(nn.Module):
         """Return the key and the value as views [batch_size, num_heads, P, hidden_dim / num_heads], nothing copied.
 
         Raises:
-            ValueError: ``hidden_dim`` is no multiple of ``num_heads``.
+            TypeError: ``batch_size`` is no int.
+            ValueError: ``batch_size`` is negative, or ``hidden_dim`` no multiple of ``num_heads``.
         """
+        _check_batch("PrefixLayer", batch_size)
         if self.hidden_dim % self.num_heads:
             raise ValueError(
                 f"PrefixLayer: hidden_dim={self.hidden_dim} cannot be split into num_heads={self.num_heads}; "
@@ -232,12 +234,7 @@ class PrefixEncoder(nn.Module):
             TypeError: ``batch_size`` is no int, or ``dtype`` not floating point.
             ValueError: ``batch_size`` is negative.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
-            raise TypeError(
-                f"PrefixEncoder: batch_size must be an int, not {batch_size!r} ({type(batch_size).__name__})"
-            )
-        if batch_size < 0:
-            raise ValueError(f"PrefixEncoder: batch_size={batch_size} must not be negative")
+        _check_batch("PrefixEncoder", batch_size)
         checks.dtype("PrefixEncoder", dtype=dtype)
         past: Tensor = self.mindpet_delta_ptuning2_embedding.weight
         if self.prefix_projection:
@@ -259,3 +256,12 @@ def _embedding(positions: int, width: int) -> nn.Embedding:
     embedding = nn.Embedding(positions, width)
     nn.init.normal_(embedding.weight, std=_EMBEDDING_DEVIATION)
     return embedding
+
+
+def _check_batch(layer: str, batch_size: Any) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+        raise TypeError(
+            f"{layer}: batch_size must be an int, not {batch_size!r} ({type(batch_size).__name__})"
+        )
+    if batch_size < 0:
+        raise ValueError(f"{layer}: batch_size={batch_size} must not be negative")
