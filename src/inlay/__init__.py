@@ -63,10 +63,15 @@ _ALIASES = {
 }
 """Names of PEFT for what is one class here."""
 
+_PACKAGES = ("mindpet",)
+"""Packages of names of their own, imported when first asked for."""
+
 __all__ = ["__version__", *sorted(_MODULE_OF), *sorted(_ALIASES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
     target = _ALIASES.get(name, name)
     if target not in _MODULE_OF:
         raise AttributeError(f"module 'inlay' has no attribute {name!r}")
