@@ -296,3 +296,15 @@ def test_values_changed_in_place_are_seen_at_once(settings: dict[str, Any]) -> N
     check()
     model.to(torch.float64).to(torch.float32)
     check()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_runs_on_the_meta_device(method: MethodCase) -> None:
+    kind = next(k for k in KINDS if k.name == ("layer_norm" if method.name == "ln_tuning" else "linear"))
+    model, x = adapted(method, kind), kind.inputs()
+    wanted = model(x)
+    model.to("meta")
+    y = model(x.to("meta"))
+    assert (y.device.type, y.shape) == ("meta", wanted.shape)
+    add(model, "other", method, kind)  # is made where the model is now
+    assert {p.device.type for p in model.parameters()} == {"meta"}

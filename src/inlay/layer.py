@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from .config import PeftConfig
 from .in_weight import InWeight
+from .kernels.autocast import outside_autocast
 from .kinds import LayerKind
 from .method import Method, Slot
 from .slots import SlottedLayer
@@ -237,7 +238,7 @@ class AdaptedLayer(SlottedLayer):
         w, b = self.base_matrix(), self.base_bias()
         exact = torch.promote_types(w.dtype, torch.float32)
         merged_w, merged_b = w.to(exact), b if b is None else b.to(exact)
-        with torch.autocast(w.device.type, enabled=False):
+        with outside_autocast(w):
             for slot in slots:
                 merged_w, merged_b = slot.method.merge(slot, merged_w, merged_b)
         tensors = {self.kind.param: self.kind.native(merged_w).to(w.dtype)}
@@ -318,6 +319,7 @@ class AdaptedLayer(SlottedLayer):
         if self.inside is not None:
             self.inside.leave()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.kind.follow(self.host)
         if self.inside is not None and not self.merged_adapters:
             self.inside.adopt()
         for name, p in self.originals.items():

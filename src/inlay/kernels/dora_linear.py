@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import autocast_inputs, outside_autocast
 from .dora_norm import dora_norm
 from .dropout import keep_mask, plain_dropped
-from .lora_linear import autocast_inputs, outside_autocast
 from .low_rank import (
     add_delta,
     any_gradient,

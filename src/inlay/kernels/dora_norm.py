@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lora_linear import outside_autocast
+from .autocast import outside_autocast
 
 _BLOCK_ELEMENTS_ON_CPU = 1 << 17
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 25

@@ -15,12 +15,12 @@ input share it.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import autocast_inputs, outside_autocast
 from .dropout import keep_mask, plain_dropped
 from .low_rank import (
     add_delta,
@@ -79,20 +79,6 @@ def plain_lora_linear(
     """The same function in differentiable operations: for second derivatives and for `torch.compile`."""
     delta = plain_dropped(x, keep) @ a.to(x.dtype).T @ b.to(x.dtype).T
     return torch.nn.functional.linear(x, weight, bias) + gain * delta
-
-
-def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same tensors, cast as `nn.Linear` casts them where autocast is on for their device."""
-    if not torch.is_autocast_enabled(x.device.type) or weight.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on x's device; entering torch's own costs more than a thin product, so only if on."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _values(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import outside_autocast
+from .autocast import outside_autocast
 
 
 def orthogonality(weight: float, groups: Sequence[Sequence[Tensor]], turned: Sequence[bool]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import autocast_inputs, outside_autocast
+from .autocast import autocast_inputs, outside_autocast
 from .low_rank import rows_of
 
 _TILE = 256

@@ -59,9 +59,14 @@ class LayerKind:
     out_features: int
 
     def __init__(self, layer: nn.Module, param: str) -> None:
-        weight = getattr(layer, param)
-        self.param, self.device = param, weight.device
+        self.param = param
         self.standard = type(layer).forward in self.forward
+        self.follow(layer)
+
+    def follow(self, layer: nn.Module) -> None:
+        """Note where the layer's numbers are now, and of which dtype."""
+        weight = getattr(layer, self.param)
+        self.device = weight.device
         self.dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
     def matrix(self, w: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.autocast import outside_autocast
 from ..kernels.dora_linear import dora_linear, excess_gain
 from ..kernels.dora_norm import dora_norm, row_norm_squares
 from ..kinds import Experts, LayerKind
@@ -99,7 +100,7 @@ def row_norm(slot: Slot, w: Tensor, squares: Tensor | None = None) -> Tensor:
     exact = torch.promote_types(w.dtype, torch.float32)
     down, up, _ = factors(slot, exact)
     if isinstance(slot.kind, Experts) or torch.compiler.is_compiling():
-        with torch.autocast(w.device.type, enabled=False):
+        with outside_autocast(w):
             norm: Tensor = slot.kind.add_product(w.to(exact), up, down, slot["scaling"]).norm(dim=-1)
         return norm
     up, down = slot.kind.flat(up, down)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
 from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is_init, start
+from ..kernels.autocast import autocast_is_on
 from ..kernels.lora_linear import lora_linear
 from ..kinds import LayerKind, Linear
 from ..method import Column, Method, Slot
@@ -267,7 +268,7 @@ def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     ):
         return None
     w = slot.weight()
-    return (w, slot.bias()) if x.dtype == w.dtype or torch.is_autocast_enabled(x.device.type) else None
+    return (w, slot.bias()) if x.dtype == w.dtype or autocast_is_on(x) else None
 
 
 def scale_of(alpha: float, r: int, config: Any) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..kernels.autocast import autocast_is_on
 from ..kinds import Conv, LayerKind, Norm
 from ..method import Method, Slot
 from .lora import by_pattern
@@ -115,7 +116,7 @@ class Lycoris(Method):
         """One product with W + s D costs less than two. In half precision that sum would round small updates away."""
         w = slot.weight()
         exact = x.dtype == w.dtype == torch.promote_types(w.dtype, torch.float32)
-        if not exact or torch.is_autocast_enabled(x.device.type) or self.beyond_merge(slot):
+        if not exact or autocast_is_on(x) or self.beyond_merge(slot):
             return None
         return slot.kind.apply(x, *self.merge(slot, w, slot.bias()))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
 from ..errors import PeftWarning
+from ..kernels.autocast import outside_autocast
 from ..kinds import Conv, Embedding, LayerKind, Norm
 from ..method import Column, Method, Slot
 
@@ -135,7 +136,7 @@ class OFT(Method, name="OFT"):
 
     def after(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         if isinstance(slot.kind, Embedding):
-            with torch.autocast(y.device.type, enabled=False):  # which leaves looked-up rows as they are
+            with outside_autocast(y):  # which leaves looked-up rows as they are
                 return _by_blocks(y, _with_dropout(slot, _blocks(slot, y.dtype)))
         if isinstance(slot.kind, Conv):
             # Patches overlap and each is rotated as a whole, which no change of the input amounts to.
@@ -163,7 +164,7 @@ def _blocks(slot: Slot, dtype: torch.dtype) -> Tensor:
     exact = torch.promote_types(dtype, torch.float32)
     rotation: Any = next(iter(slot.parameters().values()))
     config: Any = slot.config
-    with torch.autocast(rotation.device.type, enabled=False):
+    with outside_autocast(rotation):
         q = _skew(rotation.to(exact), slot["oft_block_size"])
         turn = _series(q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(q)
     return turn.to(dtype).expand(slot["r"], -1, -1)
