@@ -16,6 +16,7 @@ from .injection import inject, remove, resolve
 from .kinds import Conv1D
 from .layer import AdaptedLayer
 from .method import Method, Slot
+from .output_layer import AdaptedOutput, not_linear
 from .replication import replicate_layers
 from .switch import Switch
 from .tied import note_untied
@@ -148,10 +149,13 @@ class AdaptedModel(nn.Module):
                 yield from (p for p in module.modules_to_save[name].parameters() if p.is_floating_point())
         mode = getattr(self.peft_config[name], "bias", "none")
         if mode == "all":
+            own = {
+                id(p) for w in self.layers() for slot in w.slots.values() for p in slot.parameters().values()
+            }
             yield from (
                 p
                 for path, p in self.model.named_parameters()
-                if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path
+                if path.rsplit(".", 1)[-1] == "bias" and id(p) not in own
             )
         elif mode == self.peft_config[name].bias_of_targets:
             yield from (b for slot in self.slots(name) if isinstance(b := slot.bias(), nn.Parameter))
@@ -295,11 +299,10 @@ class AdaptedModel(nn.Module):
         """Write adapters (the active ones by default) into the base weights; ``unmerge_adapter`` undoes it exactly.
 
         Raises:
-            ValueError: an adapter is unknown, base layers are shared by ``layer_replication``, or ``safe_merge`` found weights
-                that are not finite. Nothing is merged then.
+            ValueError: an adapter is unknown, its method has no merged form, base layers are shared by ``layer_replication``,
+                or ``safe_merge`` found weights that are not finite. Nothing is merged then.
         """
-        self._check_known(adapter_names or ())
-        self._check_not_replicated()
+        self._check_mergeable(adapter_names)
         done: list[AdaptedLayer] = []
         try:
             for layer in self.layers():
@@ -331,8 +334,7 @@ class AdaptedModel(nn.Module):
         """
         if safe_merge:  # all or nothing: the layers are merged before the first is unwrapped
             self.merge_adapter(adapter_names, safe_merge=True)
-        self._check_known(adapter_names or ())
-        self._check_not_replicated()
+        self._check_mergeable(adapter_names)
         names = tuple(adapter_names) if adapter_names is not None else self.switch.now().active
         for place in tqdm(
             list(places(self.model).values()), disable=not progressbar, desc="Unloading and merging model"
@@ -344,6 +346,9 @@ class AdaptedModel(nn.Module):
     def unload(self) -> nn.Module:
         """Return the base model as it was before any adapter (blocks that ``layer_replication`` made stay)."""
         self.unmerge_adapter()
+        for layer in self.layers():
+            if isinstance(layer, AdaptedOutput):
+                layer.release()
         for place in places(self.model).values():
             if place.wrapper is not place.module:
                 place.replace(place.module)
@@ -357,7 +362,11 @@ class AdaptedModel(nn.Module):
         self._wrapped = None
         return self.model
 
-    def _check_not_replicated(self) -> None:
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        self._check_known(adapter_names or ())
+        for name in self.switch.now().active if adapter_names is None else adapter_names:
+            if not self.methods[name].mergeable:
+                raise ValueError(not_linear(name, self.methods[name]))
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise ValueError(
                 "layers made by layer_replication share their base weights, so their adapters cannot be merged into them"
@@ -372,6 +381,8 @@ def _merged_for_good(wrapper: nn.Module, names: Sequence[str]) -> nn.Module:
         return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     while isinstance(wrapper, AdaptedLayer):
         wrapper.merge(adapter_names=names)
+        if isinstance(wrapper, AdaptedOutput):
+            wrapper.release()
         wrapper.originals = {}
         wrapper = wrapper.base_layer
     return wrapper

@@ -27,7 +27,7 @@ from .layer import AdaptedLayer
 from .method import Slot
 from .slots import BufferDict
 from .targets import embedding_ends, model_config
-from .walk import Place, adapted_layers, places, unwrapped, wrappers
+from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
@@ -220,7 +220,8 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             for name in wrapper.modules_to_save[adapter_name].state_dict():
                 keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{prefix}{path}.{name}"
     keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
-    return keys
+    outputs = [f"{prefix}{path}" for path in adapted_outputs(bare)]
+    return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
 
 
 def _first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
@@ -265,10 +266,12 @@ def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _bias_names(prefix: str, bare: nn.Module, config: PeftConfig, adapter_name: str) -> list[str]:
     mode = getattr(config, "bias", "none")
+    slots = [slot for _, w in wrappers(bare) if isinstance(w, AdaptedLayer) for slot in w.slots.values()]
+    own = {id(p) for slot in slots for p in slot.parameters().values()}
     names = [
         f"{prefix}{name}"
-        for name, _ in bare.named_parameters()
-        if name.rsplit(".", 1)[-1] == "bias" and ".lora_" not in name
+        for name, p in bare.named_parameters()
+        if name.rsplit(".", 1)[-1] == "bias" and id(p) not in own
     ]
     if mode == "all":
         return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]
