@@ -176,7 +176,6 @@ def read_tensors(
         ValueError: there is no such file.
         AdapterFileError: the file is truncated or is not an adapter.
     """
-    where = str(device) if device is not None else "cpu"
     try:
         path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
     except ValueError as no_safetensors:
@@ -184,6 +183,16 @@ def read_tensors(
             path = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **hub)
         except ValueError:
             raise no_safetensors from None
+    return read_file(path, device)
+
+
+def read_file(path: Path, device: str | torch.device | None = None) -> dict[str, Tensor]:
+    """Return the tensors of one file: safetensors, or a pickle of weights only.
+
+    Raises:
+        AdapterFileError: the file is truncated or holds something else.
+    """
+    where = str(device) if device is not None else "cpu"
     try:
         tensors = (
             load_file(path, device=where)

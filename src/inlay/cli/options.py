@@ -239,6 +239,20 @@ class Merge:
 
 
 @dataclass
+class Convert:
+    """Turn an AdapterHub adapter into one in PEFT's format, or the other way round; loads no weights of the base model.
+
+    Example: inlay convert adapterhub/sst-2 --model bert-base-uncased --output-dir sst-2
+    """
+
+    adapter: str = option(help="an adapter folder of either format", required=True, positional=True)
+    output_dir: str = option(help="a new folder", required=True, group="what")
+    model: str | None = option(help="the base model; default: as the adapter recorded it", group="what")
+    name: str = option("default", help="what AdapterHub is to call the adapter", group="what")
+    overwrite: bool = option(False, help="replace the output folder, once the new one is complete")
+
+
+@dataclass
 class Inspect:
     """Show what an adapter adapts, or what there is to adapt in a model; loads no weights.
 

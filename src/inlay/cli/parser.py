@@ -13,13 +13,14 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from . import catalogue
 from .errors import UserError, one_line
 from .hints import explained
-from .options import GROUPS, Chosen, Evaluate, Inspect, Merge, Methods, Predict, Train
+from .options import GROUPS, Chosen, Convert, Evaluate, Inspect, Merge, Methods, Predict, Train
 
 COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,
+    "convert": Convert,
     "inspect": Inspect,
     "methods": Methods,
 }

@@ -1,0 +1,99 @@
+"""The files of an AdapterHub folder: ``adapter_config.json`` and one of two files of tensors, and what their keys say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import CONFIG_NAME
+from ..errors import AdapterFileError
+from ..files import locate, read_file
+
+SAFETENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
+HOLDERS = (
+    "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "refts", "prompt_tunings", "invertible_adapters",
+)  # fmt: skip
+"""Names of the dictionaries in which AdapterHub's modules keep what belongs to an adapter."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        at: path of the module that holds the dictionary.
+        holder: name of the dictionary.
+        rest: the tensor's name behind the adapter's.
+    """
+
+    at: str
+    holder: str
+    rest: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it was found."""
+
+    origin: str
+    description: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def configs(self) -> list[dict[str, Any]]:
+        """The configuration, or those of the parts of a union."""
+        config = self.description["config"]
+        return list(config["configs"]) if config.get("architecture") == "union" else [config]
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the tensors with what their keys say.
+
+        Raises:
+            AdapterFileError: a key is not of the adapter.
+        """
+        name = re.escape(str(self.description["name"]))
+        pattern = re.compile(rf"(?P<at>.*)\.(?P<holder>{'|'.join(HOLDERS)})\.{name}\.(?P<rest>.*)")
+        for key, tensor in self.tensors.items():
+            found = pattern.fullmatch(key)
+            if found is None:
+                raise AdapterFileError(
+                    f"{self.origin}: {key!r} is no tensor of adapter {self.description['name']!r}"
+                )
+            yield Entry(found["at"], found["holder"], found["rest"], tensor)
+
+
+def is_adapterhub(values: Any) -> bool:
+    """Whether the values of an ``adapter_config.json`` are AdapterHub's."""
+    return isinstance(values, dict) and isinstance(values.get("config"), dict) and "model_class" in values
+
+
+def describe(origin: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | None:
+    """Return the values of a folder's ``adapter_config.json`` if they are AdapterHub's, else None."""
+    try:
+        values = json.loads(Path(locate(origin, CONFIG_NAME, **hub)).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+    return values if is_adapterhub(values) else None
+
+
+def read_folder(origin: str | os.PathLike[str], description: Mapping[str, Any], **hub: Any) -> Folder:
+    """Read the tensors of a folder.
+
+    Raises:
+        AdapterFileError: there are none, or the file is truncated.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        try:
+            path = locate(origin, name, **hub)
+        except ValueError:
+            continue
+        return Folder(str(origin), description, read_file(path))
+    raise AdapterFileError(f"{origin} holds neither {SAFETENSORS} nor {PICKLE}")

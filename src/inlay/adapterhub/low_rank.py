@@ -1,0 +1,189 @@
+"""LoRA and (IA)3 in AdapterHub's files: there one class, told apart by ``composition_mode``; both ways.
+
+GPT-2's fused projection of queries, keys and values has a small LoRA for each of the three there. Here it is one of their
+ranks' sum, whose B has a block for each and zeros between: the same update. Trained further, the zeros may grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PeftConfig
+from ..errors import AdapterFileError
+from ..kinds import kind_of
+from ..methods.ia3 import IA3Config
+from ..methods.lora import LoraConfig
+from ..walk import Place
+from .folder import Entry
+from .paths import own_path
+
+FIXED = {"use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None, "dtype": None}
+"""Fields with the only value that Inlay reads: AdapterHub's DoRA scales the bias too, and its VeRA trains whole matrices."""
+FUSED = ("q", "k", "v")
+"""The order of the matrices in a fused projection."""
+PLACES = {
+    "q": ("query", "q_proj", "q", "query_proj"),
+    "k": ("key", "k_proj", "k", "key_proj"),
+    "v": ("value", "v_proj", "v", "value_proj"),
+    "intermediate_lora": ("intermediate.dense", "fc1", "c_fc", "wi", "lin1"),
+    "output_lora": ("output.dense", "fc2", "mlp.c_proj", "wo", "lin2"),
+}
+"""Where AdapterHub puts a LoRA, by the endings of modules' paths."""
+
+
+def convert(
+    told: Mapping[str, Any], entries: Sequence[Entry], known: Mapping[str, Place]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Return the configuration and the tensors by the keys of Inlay's files.
+
+    Raises:
+        ValueError: a field has a value that Inlay does not know.
+        AdapterFileError: the model has no place for a tensor.
+    """
+    if wrong := {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}:
+        raise ValueError(f"a LoRA of AdapterHub with {wrong} cannot be read by Inlay")
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for entry in entries:
+        by_path.setdefault(own_path(entry.at, known), {})[entry.rest] = entry.tensor
+    if told.get("composition_mode", "add") == "scale":
+        return _ia3(told, by_path, known)
+    return _lora(told, by_path, known)
+
+
+def _lora(
+    told: Mapping[str, Any], by_path: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Place]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    r, alpha = told["r"], told["alpha"]
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path, parts in by_path.items():
+        a, b = parts["lora_A"], parts["lora_B"]
+        if len(a) != r or len(b) != _rows(path, known):
+            matrices = _fused_matrices(told, path, len(a) // r)
+            b = _block_columns(b, matrices, _rows(path, known))
+            ranks[path] = len(a)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=told.get("dropout", 0.0),
+        target_modules=list(by_path),
+        rank_pattern=ranks,
+        alpha_pattern={path: alpha * rank // r for path, rank in ranks.items()},
+    )
+    return config, tensors
+
+
+def _ia3(
+    told: Mapping[str, Any], by_path: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Place]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    tensors = {}
+    for path, parts in by_path.items():
+        gain, rows = parts["lora_B"] * told.get("alpha", 1), _rows(path, known)
+        if len(gain) != rows:
+            matrices = _fused_matrices(told, path, len(told["attn_matrices"]))
+            whole = torch.ones(len(FUSED), rows // len(FUSED), 1, dtype=gain.dtype)
+            whole[matrices] = gain.view(len(matrices), -1, 1)
+            gain = whole.view(rows, 1)
+        tensors[f"base_model.model.{path}.ia3_l"] = gain
+    return IA3Config(target_modules=list(by_path), feedforward_modules=[]), tensors
+
+
+def _rows(path: str, known: Mapping[str, Place]) -> int:
+    kind = kind_of(known[path].module)
+    if kind is None:
+        raise AdapterFileError(
+            f"{path} ({type(known[path].module).__name__}) is no layer that LoRA could adapt"
+        )
+    return kind.out_features
+
+
+def _fused_matrices(told: Mapping[str, Any], path: str, count: int) -> list[int]:
+    matrices = [i for i, name in enumerate(FUSED) if name in told["attn_matrices"]]
+    if len(matrices) != count:
+        raise AdapterFileError(
+            f"{path} holds {count} matrices, but attn_matrices={told['attn_matrices']} names {len(matrices)}"
+        )
+    return matrices
+
+
+def _block_columns(b: Tensor, matrices: Sequence[int], rows: int) -> Tensor:
+    """Return B[rows, matrices * r] with a block for each matrix and zeros elsewhere, of blocks that lie one below another."""
+    r, height = b.shape[1], rows // len(FUSED)
+    whole = b.new_zeros(rows, len(matrices) * r)
+    for i, matrix in enumerate(matrices):
+        block = b[i * height : (i + 1) * height]
+        whole[matrix * height : (matrix + 1) * height, i * r : (i + 1) * r] = block
+    return whole
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def fields_and_keys(
+    config: Any, tensors: Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return AdapterHub's fields of a LoRA or an (IA)3, and its tensors by the keys there.
+
+    Raises:
+        ValueError: AdapterHub cannot say it.
+    """
+    scale = isinstance(config, IA3Config)
+    _check_sayable(config, scale)
+    paths = {
+        key.removeprefix("base_model.model.").partition(".lora_")[0].removesuffix(".ia3_l") for key in tensors
+    }
+    where = {path: _place(path) for path in paths}
+    matrices = [name for name in FUSED if name in where.values()]
+    fields = {
+        "architecture": "lora", "selfattn_lora": bool(matrices), "intermediate_lora": "intermediate_lora" in where.values(),
+        "output_lora": "output_lora" in where.values(), "leave_out": [], "r": 1 if scale else config.r,
+        "alpha": 1 if scale else config.lora_alpha, "dropout": 0.0 if scale else config.lora_dropout,
+        "attn_matrices": matrices, "composition_mode": "scale" if scale else "add", "init_weights": "ia3" if scale else "lora",
+        "init_weights_seed": None,
+    } | FIXED  # fmt: skip
+    renamed = {}
+    for key, tensor in tensors.items():
+        path, _, part = key.removeprefix("base_model.model.").rpartition(".")
+        path, part = (
+            (path, "lora_B") if part == "ia3_l" else (path.rpartition(".")[0], path.rpartition(".")[2])
+        )
+        renamed[f"{path}.loras.{name}.{part}"] = tensor
+    return fields, renamed
+
+
+def _check_sayable(config: Any, scale: bool) -> None:
+    if scale:
+        if config.feedforward_modules:
+            raise ValueError(
+                "AdapterHub's (IA)3 multiplies outputs, this one multiplies the inputs of "
+                f"{sorted(config.feedforward_modules)}; it cannot be written for AdapterHub"
+            )
+        return
+    beyond = [
+        f
+        for f in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
+        if getattr(config, f)
+    ]
+    if config.bias != "none":
+        beyond.append("bias")
+    if beyond:
+        raise ValueError(
+            f"AdapterHub has no word for {', '.join(beyond)}; such a LoRA cannot be written for it"
+        )
+
+
+def _place(path: str) -> str:
+    for place, endings in PLACES.items():
+        if any(path == ending or path.endswith(f".{ending}") for ending in endings):
+            if place == "output_lora" and path.endswith("attention.output.dense"):
+                break
+            return place
+    raise ValueError(
+        f"AdapterHub has no LoRA on {path}: there it adapts queries, keys, values and the two layers of the feed-forward block"
+    )
