@@ -20,12 +20,15 @@ from inlay import (
     Family,
     LoraConfig,
     PeftModel,
+    Points,
+    freeze_delta,
     get_peft_model,
     get_peft_model_state_dict,
     register_family,
 )
 from inlay.methods.bottleneck import sublayers
 from inlay.methods.bottleneck.block import Kronecker
+from inlay.methods.bottleneck.presets import PRESETS
 from inlay.output_layer import AdaptedOutput
 from inlay.taps import taps_on
 from tiny_models import output_of
@@ -377,6 +380,34 @@ def test_biases_that_lora_trains_are_not_those_of_other_adapters() -> None:
     assert not any("adapter_" in key for key in get_peft_model_state_dict(model, adapter_name="lora"))
 
 
+@pytest.mark.parametrize(
+    ("preset", "mode"),
+    [("mindpet_adapter", "adapter"), ("low_rank", "low_rank_adapter"), ("seq_bn", "Adapter")],
+)
+def test_mindpets_names_for_freezing(preset: str, mode: str) -> None:
+    model = get_peft_model(model_named("bert"), BottleneckConfig.preset(preset, reduction_factor=4))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(True)
+    assert set(freeze_delta(model, mode).trainable) == trained
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_presets_and_where_they_start(name: str, preset: str) -> None:
+    """AdapterHub's values are near the identity (Compacter: to the last bits); ``mam_adapter`` is it."""
+    inputs, plain = inputs_for(name), output_of(model_named(name), inputs_for(name))
+    for changes in ({}, {"init_weights": "mam_adapter"}):
+        sizes = {} if preset == "mindpet_adapter" else {"reduction_factor": 4}
+        config = BottleneckConfig.preset(preset, **sizes, **changes)
+        model = get_peft_model(model_named(name), config).eval()
+        distance = (output_of(model, inputs) - plain).abs().max() / plain.abs().max()
+        assert (distance > 1e-6) == (
+            config.init_weights != "mam_adapter" and preset not in ("compacter", "compacterpp")
+        )
+        assert distance < 0.3
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -457,6 +488,13 @@ def test_what_does_not_fit_a_model(name: str, fields: dict[str, Any], message: s
     assert all(p.requires_grad for p in base.parameters())
 
 
+def test_a_convolution_has_its_channels_elsewhere() -> None:
+    with pytest.raises(ValueError, match="last axis"):
+        get_peft_model(
+            nn.Sequential(nn.Conv2d(3, 4, 1)), BottleneckConfig(target_modules=["0"], hidden_size=4)
+        )
+
+
 class Strange(nn.Module):
     """A transformer block under other names."""
 
@@ -479,8 +517,7 @@ def test_unknown_blocks_and_how_to_make_them_known(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"target_modules.*register_family"):
         get_peft_model(base, BottleneckConfig())
     monkeypatch.setattr(sublayers, "FAMILIES", list(sublayers.FAMILIES))
-    points = sublayers.Points
-    register_family(Family("strange", points("norm_a", "mix"), points("norm_b", "think")))
+    register_family(Family("strange", Points("norm_a", "mix"), Points("norm_b", "think")))
     model = get_peft_model(base, BottleneckConfig(bottleneck_size=2))
     assert [s.path for s in model.base_model.slots("default")] == ["0.mix", "0.think", "1.mix", "1.think"]
 

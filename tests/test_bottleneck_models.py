@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_residual_output_and_norm_are_those_of_the_block(name: str, monkeypatch:
     assert sorted(path for path, _, _ in seen) == sorted(places)
     assert len(places) == (8 if name in SEQ2SEQ else 6 if name == "llama" else 4)
     joined = 0
-    for (path, _, made), (after, residual, _) in zip(seen, seen[1:], strict=False):
+    for (path, _, made), (after, residual, _) in itertools.pairwise(seen):
         if name in SEQ2SEQ and ("encoder" in path) != ("encoder" in after):
             continue  # the decoder starts from its own embeddings
         if name in SEQ2SEQ and "decoder" in path and _layer(path) == _layer(after):
