@@ -27,7 +27,7 @@ _WHERE = {
     "methods.adalora.config": "AdaLoraConfig",
     "methods.bitfit": "BitFitConfig",
     "methods.bottleneck.config": "BottleneckConfig",
-    "methods.bottleneck.sublayers": "Family register_family",
+    "methods.bottleneck.sublayers": "Family Points register_family",
     "methods.ia3": "IA3Config",
     "methods.ln_tuning": "LNTuningConfig",
     "methods.loha": "LoHaConfig",
@@ -121,6 +121,7 @@ if TYPE_CHECKING:
     from .methods.bitfit import BitFitConfig as BitFitConfig
     from .methods.bottleneck.config import BottleneckConfig as BottleneckConfig
     from .methods.bottleneck.sublayers import Family as Family
+    from .methods.bottleneck.sublayers import Points as Points
     from .methods.bottleneck.sublayers import register_family as register_family
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.ln_tuning import LNTuningConfig as LNTuningConfig

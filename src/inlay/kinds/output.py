@@ -43,6 +43,11 @@ class Output(LayerKind):
     ) -> None:
         self.sublayer, self.index, self.standard = sublayer, index, False
         self.param = param if sublayer is None else f"{param} of a sub-layer"
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            raise ValueError(
+                f"a {type(layer).__name__} puts out its channels first, and an adapter on an output works on the last axis; "
+                "choose linear layers or whole blocks"
+            )
         self.like = source = like if like is not None else layer
         self.follow(layer)
         found = (width, width) if width is not None else _widths(source)
