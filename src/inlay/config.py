@@ -43,6 +43,7 @@ class PeftType(str, Enum):
     LOKR = "LOKR"
     OFT = "OFT"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    FUSION = "FUSION"
 
 
 @dataclass(kw_only=True)

@@ -106,6 +106,8 @@ class Method:
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
     saved_buffers: ClassVar[tuple[str, ...]] = ()
     """Columns of plain tensors that an adapter's file holds beside the parameters."""
+    mixes: ClassVar[bool] = False
+    """Whether the method only mixes what other adapters of a layer do, by ``mix`` instead of the functions below."""
     in_weight: ClassVar[bool] = False
     """Whether ``entries`` says all that ``merge`` does, so that the values may stand in the base weight itself."""
 
@@ -157,6 +159,10 @@ class Method:
             ``indices[2, n]``, rows and columns of the canonical matrix with its leading axes flattened, each pair once; and
             ``values[n]``, with the adapter's gradient.
         """
+        raise NotImplementedError
+
+    def mix(self, slot: Slot, query: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """Return what a method that ``mixes`` adds to the layer's output ``query[..., out]``, given what each adapter adds."""
         raise NotImplementedError
 
     def penalty(self, slots: Sequence[Slot]) -> Tensor | None:

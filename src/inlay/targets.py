@@ -172,11 +172,27 @@ def _in_layers(path: str, config: Any) -> bool:
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or isinstance(config.target_modules, str) or path in config.target_modules:
         return True
-    names = config.layers_pattern or [r"[^.]*"]
+    names = config.layers_pattern or [_ANY_LIST]
     for name in [names] if isinstance(names, str) else names:
-        if block := re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path):
-            return int(block.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        if (block := _block_of(path, name)) is not None:
+            return block in ([wanted] if isinstance(wanted, int) else wanted)
     return False
+
+
+_ANY_LIST = r"[^.]*"
+
+
+def _block_of(path: str, name: str) -> int | None:
+    found = re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path)
+    return None if found is None else int(found.group(1))
+
+
+def block_index(path: str) -> int | None:
+    """Return the index of the model's block that a module is, or is in: that of the first list on its path; None outside any.
+
+    The layers of an encoder and of a decoder are counted from 0 each, as ``layers_to_transform`` counts them.
+    """
+    return _block_of(f"{path}.", _ANY_LIST)
 
 
 def _suggestion(targets: Any, paths: Iterable[str]) -> str:

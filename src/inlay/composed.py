@@ -1,0 +1,259 @@
+"""What a composition of adapters computes on one layer. Entered by ``AdaptedLayer`` only where the switch holds one.
+
+Two questions are asked of a block, for the same input x:
+
+    output(block, x)      what the layer puts out under it, its base product included
+    after(block, x, y)    what becomes of an output y that is there already
+
+    Stack     output of the first child, then ``after`` of the others
+    Average   y + sum w_i d_i, where d_i is what child i changes
+    Fuse      y + W_v sum w_i d_i, with weights w_i that the fusion's slot finds for each token
+    Parallel, BatchSplit, Split     the parts of x (and of y) through the children, put together again
+
+An adapter that only adds to y (LoRA, BitFit) has its change d_i without another base product. Of others (DoRA, (IA)3) it is the
+difference of two outputs, each by the adapter's own fastest path. What does not sit on the layer is left out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .composition import Average, BatchSplit, Block, Child, Fuse, Split, Stack, beyond_weights
+from .method import Slot
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLayer
+
+Node = Child | None
+"""A part of a composition as one layer sees it: None is the base layer alone."""
+
+
+def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer under a composition.
+
+    Raises:
+        ValueError: the composition has no meaning on this layer.
+    """
+    here = _pruned(layer, tree)
+    if isinstance(here, Block) and not layer.kind.direct and beyond_weights(here) is None:
+        return layer._run_with(composed_tensors(layer, here), x, *args, **kwargs)
+    return _Pass(layer, args, kwargs).output(here, x)
+
+
+def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:
+    """Return the base layer's parameters as a composition would have them.
+
+    Raises:
+        ValueError: it does more than weights can say.
+    """
+    if (block := beyond_weights(tree)) is not None:
+        raise ValueError(f"{block!r} depends on what a layer reads, so it cannot be written into a weight")
+    here = _pruned(layer, tree)
+    layer.check_mergeable(list(_slots(layer, here)))
+    return layer.merged_tensors(lambda w, b: _merged(layer, here, w, b))
+
+
+class _Pass:
+    """One forward pass of one layer."""
+
+    def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+
+    def output(self, node: Node, x: Tensor) -> Any:
+        """Return what the layer puts out."""
+        if not isinstance(node, Block) or _is_plain_stack(node):
+            return self._run(list(_slots(self.layer, node)), x)
+        if isinstance(node, Stack):
+            return self._stacked(node, x)
+        if isinstance(node, Average):
+            return self._averaged(node, x)
+        if isinstance(node, Fuse):
+            y = self._run([], x)
+            return self._fused(node, x, y, self._changes(node, x, y))
+        axis, sizes = self._parts(node, x)
+        parts = [self.output(child, part) for child, part in _zip(node, x.split(sizes, axis))]
+        return torch.cat(parts, axis)
+
+    def after(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
+        """Return what becomes of an output."""
+        if node is None:
+            return y
+        if not isinstance(node, Block):
+            slot = self.layer.slots[node]
+            return slot.method.after(slot, x, y)
+        if isinstance(node, Stack):
+            for child in node.children:
+                y = self.after(child, x, y)
+            return y
+        if isinstance(node, Average):
+            deltas = [
+                w * self.change(child, x, y) for child, w in _zip(node, node.weights) if child is not None
+            ]
+            return y + _sum(deltas)
+        if isinstance(node, Fuse):
+            return self._fused(node, x, y, [self.change(child, x, y) for child in node.children])
+        axis, sizes = self._parts(node, x)
+        halves = zip(x.split(sizes, axis), y.split(sizes, axis), strict=True)
+        return torch.cat([self.after(child, *half) for child, half in _zip(node, halves)], axis)
+
+    def change(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a part adds to an output: of one that only adds, without the rounding of a difference."""
+        if all(_only_adds(slot) for slot in _slots(self.layer, node)):
+            return self.after(node, x, y.new_zeros(()).expand_as(y))
+        return self.after(node, x, y) - y
+
+    def _run(self, slots: Sequence[Slot], x: Tensor) -> Any:
+        return self.layer._run(slots, x, *self.args, **self.kwargs)
+
+    def _stacked(self, node: Stack, x: Tensor) -> Any:
+        first, *rest = (child for child in node.children if child is not None)
+        if all(_acts_after(slot) for child in rest for slot in _slots(self.layer, child)):
+            y = self.output(first, x)
+            for child in rest:
+                y = self.after(child, x, y)
+            return y
+        return self.layer._run_with(composed_tensors(self.layer, node), x, *self.args, **self.kwargs)
+
+    def _averaged(self, node: Average, x: Tensor) -> Tensor:
+        """Return ``(1 - sum of w_i) y + sum of w_i y_i`` over members with paths of their own, plus the changes of the others."""
+        present = [(child, w) for child, w in _zip(node, node.weights) if child is not None]
+        own = [(child, w) for child, w in present if not self._acts_after(child)]
+        others = [(child, w) for child, w in present if self._acts_after(child)]
+        rest = 1.0 - sum(w for _, w in own)
+        terms = [w * self.output(child, x) for child, w in own]
+        if others or abs(rest) > 1e-12:
+            y = self._run([], x)
+            terms.append(y if rest == 1.0 else rest * y)
+            terms += [w * self.change(child, x, y) for child, w in others]
+        return _sum(terms)
+
+    def _changes(self, node: Block, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [
+            self.change(child, x, y) if self._acts_after(child) else self.output(child, x) - y
+            for child in node.children
+        ]
+
+    def _fused(self, node: Fuse, x: Tensor, y: Tensor, changes: list[Tensor]) -> Tensor:
+        slot = self.layer.slots.get(str(node.name))
+        if slot is None:
+            raise ValueError(
+                f"members {list(node.children)} of the fusion {node.name!r} meet on a layer that the fusion does not sit on; "
+                "add the fusion after all of them"
+            )
+        mixed: Tensor = slot.method.mix(slot, y, changes)
+        return y + mixed
+
+    def _acts_after(self, node: Node) -> bool:
+        return all(_acts_after(slot) for slot in _slots(self.layer, node))
+
+    def _parts(self, node: Block, x: Tensor) -> tuple[int, list[int]]:
+        """Return the axis along which a block divides the input, and the sizes of the parts."""
+        name = type(self.layer.get_base_layer()).__name__
+        if not self.layer.kind.by_rows or self.args or self.kwargs:
+            raise ValueError(
+                f"{type(node).__name__} is not supported on {name} layers, which need the batch as a whole"
+            )
+        if isinstance(node, Split):
+            axes, length = 3 - (not x.is_floating_point()), x.shape[1] if x.dim() > 1 else 0
+            if x.dim() != axes or self.layer.kind.spread(x.new_empty(1)).dim() != 1:
+                raise ValueError(
+                    f"{node!r} needs layers that read [batch, sequence, features], but a {name} layer received "
+                    f"{list(x.shape)}; leave it out with exclude_modules"
+                )
+            if sum(node.splits) != length:
+                raise ValueError(
+                    f"{node!r} has {sum(node.splits)} positions but the sequence has {length}; cached generation feeds one "
+                    "token at a time, so it cannot be done under a Split"
+                )
+            return 1, list(node.splits)
+        sizes = node.batch_sizes if isinstance(node, BatchSplit) else (1,) * len(node.children)
+        if not x.dim() or x.shape[0] % sum(sizes):
+            raise ValueError(
+                f"{node!r} has {sum(sizes)} rows but a layer received {list(x.shape)}, no multiple of it"
+            )
+        return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
+
+
+# ---------------------------------------------------------------------- blocks as a layer sees them
+
+
+def _pruned(layer: AdaptedLayer, node: Child) -> Node:
+    """Leave out what does not sit on the layer. Blocks that weigh or divide keep a child's place."""
+    if not isinstance(node, Block):
+        return node if node in layer.slots else None
+    children = [_pruned(layer, child) for child in node.children]
+    present = [child for child in children if child is not None]
+    if not present:
+        return None
+    if isinstance(node, (Stack, Fuse)):  # a softmax over one member is 1
+        return present[0] if len(present) == 1 else node.with_children(present)
+    return node.with_children(children)  # type: ignore[arg-type]
+
+
+def _slots(layer: AdaptedLayer, node: Node) -> Iterator[Slot]:
+    if isinstance(node, Block):
+        for child in node.children:
+            yield from _slots(layer, child)
+    elif node is not None:
+        yield layer.slots[node]
+
+
+def _is_plain_stack(node: Block) -> bool:
+    return isinstance(node, Stack) and all(isinstance(child, str) for child in node.children)
+
+
+def _acts_after(slot: Slot) -> bool:
+    """Whether an adapter acts on an output, whatever that comes from."""
+    return _only_adds(slot)
+
+
+def _only_adds(slot: Slot) -> bool:
+    return slot.method.additive and slot.method.works_on_activations() and slot.kind.direct
+
+
+def _zip(node: Block, values: Any) -> Iterator[tuple[Any, Any]]:
+    return zip(node.children, values, strict=True)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _merged(layer: AdaptedLayer, node: Node, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and bias that a stack or an average makes of these."""
+    if node is None:
+        return w, b
+    if not isinstance(node, Block):
+        slot = layer.slots[node]
+        return slot.method.merge(slot, w, b)
+    if isinstance(node, Average):
+        return _merged_average(node, w, b, lambda child: _merged(layer, child, w, b), layer.kind.widen)
+    for child in node.children:
+        w, b = _merged(layer, child, w, b)
+    return w, b
+
+
+def _merged_average(
+    node: Average,
+    w: Tensor,
+    b: Tensor | None,
+    merged: Callable[[Node], tuple[Tensor, Tensor | None]],
+    widen: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    total_w, total_b = w, b
+    for child, share in _zip(node, node.weights):
+        w_i, b_i = merged(child)
+        if w_i.shape != w.shape:  # a low-rank update joins the groups of a convolution
+            w, total_w = widen(w), widen(total_w) if total_w.shape != w_i.shape else total_w
+        total_w = total_w + share * (w_i - w)
+        if b_i is not None:
+            zero = torch.zeros_like(b_i)
+            total_b = (zero if total_b is None else total_b) + share * (b_i - (zero if b is None else b))
+    return total_w, total_b
