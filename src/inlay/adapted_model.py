@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .composition import Block, Child, beyond_weights, choose, fusions_of, is_fusion, unknown_adapter
+from .choice import choose, fusions_of, is_fusion, unknown_adapter
+from .composition import Block, Child, beyond_weights
 from .config import PeftConfig
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper

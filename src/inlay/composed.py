@@ -75,7 +75,7 @@ class _Pass:
             y = self._run([], x)
             return self._fused(node, x, y, self._changes(node, x, y))
         axis, sizes = self._parts(node, x)
-        parts = [self.output(child, part) for child, part in _zip(node, x.split(sizes, axis))]
+        parts = [self.output(child, part) for child, part in _zip(node, torch.split(x, sizes, axis))]
         return torch.cat(parts, axis)
 
     def after(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Pass:
         if isinstance(node, Fuse):
             return self._fused(node, x, y, [self.change(child, x, y) for child in node.children])
         axis, sizes = self._parts(node, x)
-        halves = zip(x.split(sizes, axis), y.split(sizes, axis), strict=True)
+        halves = zip(torch.split(x, sizes, axis), torch.split(y, sizes, axis), strict=True)
         return torch.cat([self.after(child, *half) for child, half in _zip(node, halves)], axis)
 
     def change(self, node: Node, x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a composition makes of modules that adapters train and save whole, such as heads.
 
-Rows and positions go to the copies of their own adapters, an average is that of the copies' outputs, a fusion uses its own copy. In
-a stack the first adapter that has a copy decides, as it does where several adapters act in order.
+Rows and positions go to the copies of their own adapters, an average is that of the copies' outputs, a fusion uses its own
+copy. In a stack the first adapter that has a copy decides, as it does where several adapters act in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def chosen_copy(node: Child, copies: Mapping[str, nn.Module], original: nn.Modul
         ValueError: members of a fusion have copies, and the fusion itself has none.
     """
     if not isinstance(node, Block):
-        return copies[node] if node in copies else original
+        return copies.get(node, original)
     having = [name for name in dict.fromkeys(names_in(node)) if name in copies]
     if not having:
         return original
@@ -35,8 +35,8 @@ def chosen_copy(node: Child, copies: Mapping[str, nn.Module], original: nn.Modul
         return copies[str(node.name)]
     if len(having) > 1:
         raise ValueError(
-            f"the members {having} of the fusion {node.name!r} each saved a {type(original).__name__} of their own, which cannot be "
-            "fused; let the fusion train one: FusionConfig(modules_to_save=[...])"
+            f"the members {having} of the fusion {node.name!r} each saved a {type(original).__name__} of their own, which "
+            "cannot be fused; let the fusion train one: FusionConfig(modules_to_save=[...])"
         )
     return copies[having[0]]
 
@@ -61,7 +61,7 @@ def run_copies(
                 terms.append(rest * original(x, *args, **kwargs))
             return torch.stack(terms).sum(0)
         axis, sizes = _parts(chosen, x)
-        parts = zip(chosen.children, x.split(sizes, axis), strict=True)
+        parts = zip(chosen.children, torch.split(x, sizes, axis), strict=True)
         return torch.cat([run(child, part) for child, part in parts], axis)
 
     return run(node, x)

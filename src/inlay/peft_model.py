@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .adapted_model import AdaptedModel
-from .composition import Child, divides_rows, is_fusion
+from .choice import is_fusion
+from .composition import Child, divides_rows
 from .config import PeftConfig, TaskType
 from .saved_model import SavedModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status

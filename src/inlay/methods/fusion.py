@@ -6,10 +6,10 @@
 W_v starts as the identity, W_q and W_k as small random numbers, so a fusion starts close to the plain average of its members (and
 not as the identity). A penalty ``regularization * ||I - W_v||^2`` keeps W_v near its start. There is no 1/sqrt(out).
 
-Two things are simpler than in the authors' code, and the same function. The keys have no bias, which would add q . b_k to all scores
-alike, and a softmax does not see that. And neither keys nor values are formed for each member: q . (W_k u_i) = (W_k^T q) . u_i, and W_v
-is applied to the sum, so n members cost as many products as one. W_v starts as exactly the identity; the authors' code adds 1e-6 off
-the diagonal.
+Two things are simpler than in the authors' code, and the same function. The keys have no bias, which would add q . b_k to all
+scores alike, and a softmax does not see that. And neither keys nor values are formed for each member:
+q . (W_k u_i) = (W_k^T q) . u_i, and W_v is applied to the sum, so n members cost as many products as one. W_v starts as exactly
+the identity; the authors' code adds 1e-6 off the diagonal.
 Authors' code: https://github.com/adapter-hub/adapters
 """
 
@@ -125,7 +125,8 @@ class Fusion(Method, name="FUSION"):
         if not rate:
             return None
         far = [(torch.eye(len(w), device=w.device, dtype=w.dtype) - w).square().sum() for w in weights]
-        return rate * torch.stack([term.to(far[0].device) for term in far]).sum()
+        total: Tensor = rate * torch.stack([term.to(far[0].device) for term in far]).sum()
+        return total
 
 
 def _meeting_places(model: nn.Module, members: Sequence[str]) -> set[str]:
@@ -151,8 +152,8 @@ def _meeting_places(model: nn.Module, members: Sequence[str]) -> set[str]:
             if sum(name in layer.slots for name in members) > 1:
                 if layer is not place.wrapper or layer.kind.param != "weight":
                     raise ValueError(
-                        f"members {list(members)} of the fusion meet on {path}.{layer.kind.param} or on single tokens of it, where "
-                        "they cannot be mixed"
+                        f"members {list(members)} of the fusion meet on {path}.{layer.kind.param} or on single tokens of it, "
+                        "where they cannot be mixed"
                     )
                 found.add(path)
             layer = layer.base_layer

@@ -1,7 +1,8 @@
 """AdapterDrop: train with a random number of the lowest blocks left without adapters. Rücklé et al. 2021, arXiv 2010.11918.
 
 Before each optimizer step a number n from 0 to ``max_layers`` is drawn, and the adapters of the first n blocks do nothing in that
-step. An adapter trained so loses little when, at inference, some lower blocks go without: ``set_adapter("a", skip_layers=range(5))``.
+step. An adapter trained so loses little when some lower blocks go without at inference:
+``set_adapter("a", skip_layers=range(5))``.
 What is skipped costs nothing, and what lies below the lowest adapter needs no backward pass.
 
 The number depends on the seed and the step alone, so it is the same on all devices, and in a run that is resumed.
@@ -22,8 +23,8 @@ class AdapterDropCallback(TrainerCallback):
     """Callback of transformers' Trainer: ``Trainer(..., callbacks=[AdapterDropCallback(max_layers=11)])``.
 
     Evaluation during the run is done with all blocks that the model had before. A loop of one's own calls
-    ``model.set_adapter("a", skip_layers=range(callback.number(step)))`` before each step. Under DistributedDataParallel the run needs
-    ``ddp_find_unused_parameters=True``.
+    ``model.set_adapter("a", skip_layers=range(callback.number(step)))`` before each step. Under DistributedDataParallel the
+    run needs ``ddp_find_unused_parameters=True``.
 
     Args:
         max_layers: the largest number of blocks that is drawn.
