@@ -2,10 +2,10 @@
 
 Two questions are asked of a block, for the same input x:
 
-    output(block, x)      what the layer puts out under it, its base product included
+    output(blocks, x)     what the layer puts out under blocks one after the other, its base product included
     after(block, x, y)    what becomes of an output y that is there already
 
-    Stack     output of the first child, then ``after`` of the others
+    Stack     one after the other
     Average   y + sum w_i d_i, where d_i is what child i changes
     Fuse      y + W_v sum w_i d_i, with weights w_i that the fusion's slot finds for each token
     Parallel, BatchSplit, Split     the parts of x (and of y) through the children, put together again
@@ -22,7 +22,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .composition import Average, BatchSplit, Block, Child, Fuse, Split, Stack, beyond_weights
+from .composition import (
+    Average,
+    BatchSplit,
+    Block,
+    Child,
+    Fuse,
+    Parallel,
+    Split,
+    Stack,
+    beyond_weights,
+    blocks_in,
+)
 from .method import Slot
 
 if TYPE_CHECKING:
@@ -41,7 +52,7 @@ def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwar
     here = _pruned(layer, tree)
     if isinstance(here, Block) and not layer.kind.direct and beyond_weights(here) is None:
         return layer._run_with(composed_tensors(layer, here), x, *args, **kwargs)
-    return _Pass(layer, args, kwargs).output(here, x)
+    return _Pass(layer, args, kwargs).output((here,), x)
 
 
 def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:
@@ -63,20 +74,22 @@ class _Pass:
     def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layer, self.args, self.kwargs = layer, args, kwargs
 
-    def output(self, node: Node, x: Tensor) -> Any:
-        """Return what the layer puts out."""
-        if not isinstance(node, Block) or _is_plain_stack(node):
-            return self._run(list(_slots(self.layer, node)), x)
-        if isinstance(node, Stack):
-            return self._stacked(node, x)
-        if isinstance(node, Average):
-            return self._averaged(node, x)
-        if isinstance(node, Fuse):
-            y = self._run([], x)
-            return self._fused(node, x, y, self._changes(node, x, y))
-        axis, sizes = self._parts(node, x)
-        parts = [self.output(child, part) for child, part in _zip(node, torch.split(x, sizes, axis))]
-        return torch.cat(parts, axis)
+    def output(self, stack: tuple[Node, ...], x: Tensor) -> Any:
+        """Return what the layer puts out under parts that act one after the other."""
+        stack = _flat(stack)
+        if all(isinstance(node, str) for node in stack):
+            return self._run([self.layer.slots[str(node)] for node in stack], x)
+        head, last = stack[:-1], stack[-1]
+        if head and self._acts_after(last):
+            return self.after(last, x, self.output(head, x))
+        if isinstance(last, Average):
+            return self._averaged(head, last, x)
+        if isinstance(last, Fuse):
+            y = self.output(head, x)
+            return self._fused(last, x, y, [self._change_upon(head, child, x, y) for child in last.children])
+        if isinstance(last, Block):
+            return self._divided(head, last, x)
+        return self._weight_upon(head, last, x)
 
     def after(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
         """Return what becomes of an output."""
@@ -107,35 +120,50 @@ class _Pass:
         return self.after(node, x, y) - y
 
     def _run(self, slots: Sequence[Slot], x: Tensor) -> Any:
+        # Values that stand in the weight itself would invalidate what the other members have saved of it for their gradients.
+        if any(slot.method.in_weight for slot in slots):
+            return self.layer._run_merged(slots, x, *self.args, **self.kwargs)
         return self.layer._run(slots, x, *self.args, **self.kwargs)
 
-    def _stacked(self, node: Stack, x: Tensor) -> Any:
-        first, *rest = (child for child in node.children if child is not None)
-        if all(_acts_after(slot) for child in rest for slot in _slots(self.layer, child)):
-            y = self.output(first, x)
-            for child in rest:
-                y = self.after(child, x, y)
-            return y
-        return self.layer._run_with(composed_tensors(self.layer, node), x, *self.args, **self.kwargs)
-
-    def _averaged(self, node: Average, x: Tensor) -> Tensor:
-        """Return ``(1 - sum of w_i) y + sum of w_i y_i`` over members with paths of their own, plus the changes of the others."""
+    def _averaged(self, head: tuple[Node, ...], node: Average, x: Tensor) -> Tensor:
+        """Return ``(1 - sum of w_i) y + sum of w_i y_i`` over children with paths of their own, and add the others' changes."""
         present = [(child, w) for child, w in _zip(node, node.weights) if child is not None]
         own = [(child, w) for child, w in present if not self._acts_after(child)]
         others = [(child, w) for child, w in present if self._acts_after(child)]
         rest = 1.0 - sum(w for _, w in own)
-        terms = [w * self.output(child, x) for child, w in own]
+        terms = [w * self.output((*head, child), x) for child, w in own]
         if others or abs(rest) > 1e-12:
-            y = self._run([], x)
+            y = self.output(head, x)
             terms.append(y if rest == 1.0 else rest * y)
             terms += [w * self.change(child, x, y) for child, w in others]
         return _sum(terms)
 
-    def _changes(self, node: Block, x: Tensor, y: Tensor) -> list[Tensor]:
-        return [
-            self.change(child, x, y) if self._acts_after(child) else self.output(child, x) - y
-            for child in node.children
-        ]
+    def _change_upon(self, head: tuple[Node, ...], child: Node, x: Tensor, y: Tensor) -> Tensor:
+        return self.change(child, x, y) if self._acts_after(child) else self.output((*head, child), x) - y
+
+    def _divided(self, head: tuple[Node, ...], node: Block, x: Tensor) -> Tensor:
+        """Run each part of the input through everything that comes before the block, and its own child."""
+        if (block := _dividing(head)) is not None:
+            raise ValueError(
+                f"{node!r} cannot divide what {block!r} has divided: one of its adapters changes the layer's weight"
+            )
+        axis, sizes = self._parts(node, x)
+        parts = _zip(node, torch.split(x, sizes, axis))
+        # Contiguous, because GPT-2's layers view their input; parts along the first axis are so already.
+        return torch.cat([self.output((*head, child), part.contiguous()) for child, part in parts], axis)
+
+    def _weight_upon(self, head: tuple[Node, ...], name: Node, x: Tensor) -> Any:
+        """Run an adapter that changes the weight, such as DoRA, upon blocks: in their merged weight."""
+        before = head[-1]
+        if isinstance(before, (Split, BatchSplit, Parallel)):
+            children = [_stack_of(child, name) for child in before.children]
+            return self.output((*head[:-1], before.with_children(children)), x)
+        tree = Stack(*head, name)  # type: ignore[arg-type]
+        if (block := beyond_weights(tree)) is not None:
+            raise ValueError(
+                f"{name!r} changes the layer's weight, so it cannot act upon {block!r}; put it first"
+            )
+        return self.layer._run_with(composed_tensors(self.layer, tree), x, *self.args, **self.kwargs)
 
     def _fused(self, node: Fuse, x: Tensor, y: Tensor, changes: list[Tensor]) -> Tensor:
         slot = self.layer.slots.get(str(node.name))
@@ -202,8 +230,24 @@ def _slots(layer: AdaptedLayer, node: Node) -> Iterator[Slot]:
         yield layer.slots[node]
 
 
-def _is_plain_stack(node: Block) -> bool:
-    return isinstance(node, Stack) and all(isinstance(child, str) for child in node.children)
+def _flat(stack: tuple[Node, ...]) -> tuple[Node, ...]:
+    found: list[Node] = []
+    for node in stack:
+        if isinstance(node, Stack):
+            found += _flat(node.children)
+        elif node is not None:
+            found.append(node)
+    return tuple(found)
+
+
+def _stack_of(*nodes: Node) -> Child:
+    present = [node for node in nodes if node is not None]
+    return present[0] if len(present) == 1 else Stack(*present)
+
+
+def _dividing(stack: tuple[Node, ...]) -> Block | None:
+    inside = (block for node in stack if node is not None for block in blocks_in(node))
+    return next((block for block in inside if isinstance(block, (Split, BatchSplit, Parallel))), None)
 
 
 def _acts_after(slot: Slot) -> bool:
