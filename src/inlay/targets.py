@@ -172,27 +172,21 @@ def _in_layers(path: str, config: Any) -> bool:
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or isinstance(config.target_modules, str) or path in config.target_modules:
         return True
-    names = config.layers_pattern or [_ANY_LIST]
+    names = config.layers_pattern or [r"[^.]*"]
     for name in [names] if isinstance(names, str) else names:
-        if (block := _block_of(path, name)) is not None:
-            return block in ([wanted] if isinstance(wanted, int) else wanted)
+        if block := re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path):
+            return int(block.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 
-_ANY_LIST = r"[^.]*"
-
-
-def _block_of(path: str, name: str) -> int | None:
-    found = re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path)
-    return None if found is None else int(found.group(1))
-
-
 def block_index(path: str) -> int | None:
-    """Return the index of the model's block that a module is, or is in: that of the first list on its path; None outside any.
+    """Return the index of the model's block that a module is, or is in: that of the first named list on its path.
 
-    The layers of an encoder and of a decoder are counted from 0 each, as ``layers_to_transform`` counts them.
+    Returns:
+        the index, counted from 0 in an encoder and in a decoder, as ``layers_to_transform`` counts; None outside any list.
     """
-    return _block_of(f"{path}.", _ANY_LIST)
+    block = re.search(r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?:\.|$)", path)
+    return None if block is None else int(block.group(1))
 
 
 def _suggestion(targets: Any, paths: Iterable[str]) -> str:
