@@ -11,6 +11,7 @@ from inlay import BitFitConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, Sh
 from tiny_models import tiny
 
 WIDTH = 5
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
 class Chain(nn.Module):

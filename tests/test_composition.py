@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import inlay.layer
 from composition_models import (
     ALL,
+    CLOSE,
     bert_or_gpt2,
     chain,
     chain_input,
@@ -24,8 +25,6 @@ from composition_models import (
 from inlay import Average, BatchSplit, Parallel, PeftModel, Split, Stack
 from inlay.composition import Block
 from tiny_models import output_of, tiny_inputs
-
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def gradients(model: PeftModel, y: Tensor, x: Tensor) -> list[Tensor | None]:

@@ -27,6 +27,8 @@ _WHERE = {
     "method": "METHODS Method Slot",
     "methods.adalora.config": "AdaLoraConfig",
     "methods.bitfit": "BitFitConfig",
+    "methods.bottleneck.config": "BottleneckConfig",
+    "methods.bottleneck.sublayers": "Family register_family",
     "methods.fusion": "FusionConfig",
     "methods.ia3": "IA3Config",
     "methods.ln_tuning": "LNTuningConfig",
@@ -119,6 +121,9 @@ if TYPE_CHECKING:
     from .method import Slot as Slot
     from .methods.adalora.config import AdaLoraConfig as AdaLoraConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
+    from .methods.bottleneck.config import BottleneckConfig as BottleneckConfig
+    from .methods.bottleneck.sublayers import Family as Family
+    from .methods.bottleneck.sublayers import register_family as register_family
     from .methods.fusion import FusionConfig as FusionConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.ln_tuning import LNTuningConfig as LNTuningConfig

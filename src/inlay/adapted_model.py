@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .choice import choose, fusions_of, is_fusion, unknown_adapter
+from .choice import choose, fusions_of, unknown_adapter
 from .composition import Block, Child, beyond_weights
 from .config import PeftConfig
 from .errors import PeftWarning
@@ -18,6 +18,7 @@ from .injection import inject, remove, resolve
 from .kinds import Conv1D
 from .layer import AdaptedLayer
 from .method import Method, Slot
+from .output_layer import AdaptedOutput, not_linear
 from .parallel_inputs import copies_for, repeated
 from .replication import replicate_layers
 from .switch import Switch
@@ -189,10 +190,13 @@ class AdaptedModel(nn.Module):
                 yield from (p for p in module.modules_to_save[name].parameters() if p.is_floating_point())
         mode = getattr(self.peft_config[name], "bias", "none")
         if mode == "all":
+            own = {
+                id(p) for w in self.layers() for slot in w.slots.values() for p in slot.parameters().values()
+            }
             yield from (
                 p
                 for path, p in self.model.named_parameters()
-                if path.rsplit(".", 1)[-1] == "bias" and ".lora_" not in path
+                if path.rsplit(".", 1)[-1] == "bias" and id(p) not in own
             )
         elif mode == "lora_only":
             yield from (b for slot in self.slots(name) if isinstance(b := slot.bias(), nn.Parameter))
@@ -341,8 +345,8 @@ class AdaptedModel(nn.Module):
         """Write adapters (the active ones by default) into the base weights; ``unmerge_adapter`` undoes it exactly.
 
         Raises:
-            ValueError: an adapter is unknown, base layers are shared by ``layer_replication``, or ``safe_merge`` found weights
-                that are not finite. Nothing is merged then.
+            ValueError: an adapter is unknown, its method has no merged form, base layers are shared by ``layer_replication``,
+                or ``safe_merge`` found weights that are not finite. Nothing is merged then.
         """
         self._check_mergeable(adapter_names)
         done: list[AdaptedLayer] = []
@@ -388,6 +392,9 @@ class AdaptedModel(nn.Module):
     def unload(self) -> nn.Module:
         """Return the base model as it was before any adapter (blocks that ``layer_replication`` made stay)."""
         self.unmerge_adapter()
+        for layer in self.layers():
+            if isinstance(layer, AdaptedOutput):
+                layer.release()
         for place in places(self.model).values():
             if place.wrapper is not place.module:
                 place.replace(place.module)
@@ -401,21 +408,20 @@ class AdaptedModel(nn.Module):
         self._wrapped = None
         return self.model
 
-    def _check_mergeable(self, names: Sequence[str] | None) -> None:
-        self._check_known(names or ())
-        self._check_not_replicated()
-        tree: Block | None = self.switch.now().composition if names is None else None
-        if tree is not None and (block := beyond_weights(tree)) is not None:
-            raise ValueError(
-                f"{block!r} depends on what a layer reads, so it cannot be written into the weights; "
-                "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
-            )
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        self._check_known(adapter_names or ())
+        setting = self.switch.now()
+        tree: Block | None = setting.composition if adapter_names is None else None
         if tree is not None:
+            if (block := beyond_weights(tree)) is not None:
+                raise ValueError(
+                    f"{block!r} depends on what a layer reads, so it cannot be written into the weights; "
+                    "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
+                )
             self._check_not_merged(f"merging {tree!r}")
-        if fusions := [name for name in names or () if is_fusion(self.peft_config[name])]:
-            raise ValueError(f"the fusions {fusions} depend on what a layer reads, so they cannot be merged")
-
-    def _check_not_replicated(self) -> None:
+        for name in setting.active if adapter_names is None else adapter_names:
+            if not self.methods[name].mergeable:
+                raise ValueError(not_linear(name, self.methods[name]))
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise ValueError(
                 "layers made by layer_replication share their base weights, so their adapters cannot be merged into them"
@@ -430,6 +436,8 @@ def _merged_for_good(wrapper: nn.Module, names: Sequence[str], asked: Sequence[s
         return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     while isinstance(wrapper, AdaptedLayer):
         wrapper.merge(adapter_names=asked)
+        if isinstance(wrapper, AdaptedOutput):
+            wrapper.release()
         wrapper.originals = {}
         wrapper = wrapper.base_layer
     return wrapper

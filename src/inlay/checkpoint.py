@@ -26,7 +26,7 @@ from .files import read_tensors
 from .layer import AdaptedLayer
 from .slots import BufferDict
 from .targets import embedding_ends, model_config
-from .walk import Place, places, unwrapped, wrappers
+from .walk import Place, adapted_outputs, path_in_files, places, unwrapped, wrappers
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
@@ -215,7 +215,8 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
         name: name
         for name in _bias_names(prefix, bare, getattr(configs[adapter_name], "bias", "none"), adapter_name)
     }
-    return keys
+    outputs = [f"{prefix}{path}" for path in adapted_outputs(bare)]
+    return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
 
 
 def _twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
@@ -241,10 +242,12 @@ def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _bias_names(prefix: str, bare: nn.Module, mode: str, adapter_name: str) -> list[str]:
+    slots = [slot for _, w in wrappers(bare) if isinstance(w, AdaptedLayer) for slot in w.slots.values()]
+    own = {id(p) for slot in slots for p in slot.parameters().values()}
     names = [
         f"{prefix}{name}"
-        for name, _ in bare.named_parameters()
-        if name.rsplit(".", 1)[-1] == "bias" and ".lora_" not in name
+        for name, p in bare.named_parameters()
+        if name.rsplit(".", 1)[-1] == "bias" and id(p) not in own
     ]
     if mode == "all":
         return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]

@@ -17,6 +17,7 @@ difference of two outputs, each by the adapter's own fastest path. What does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +34,13 @@ from .composition import (
     Stack,
     beyond_weights,
     blocks_in,
+    names_in,
 )
 from .method import Slot
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
+    from .taps import Tap
 
 Node = Child | None
 """A part of a composition as one layer sees it: None is the base layer alone."""
@@ -53,6 +56,22 @@ def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwar
     if isinstance(here, Block) and not layer.kind.direct and beyond_weights(here) is None:
         return layer._run_with(composed_tensors(layer, here), x, *args, **kwargs)
     return _Pass(layer, args, kwargs).output((here,), x)
+
+
+def after_composed(layer: AdaptedLayer, tree: Block, x: Tensor, y: Tensor, norm: Tap | None) -> Tensor:
+    """Return what a composition makes of a module's output.
+
+    Args:
+        layer: the wrapper of the module.
+        tree: the composition.
+        x: what its adapters read beside y.
+        y: the output.
+        norm: where an adapter leaves what is to go on in place of the model's normalisation.
+
+    Raises:
+        ValueError: the composition has no meaning on this layer.
+    """
+    return _Pass(layer, norm=norm).after(tree, x, y)
 
 
 def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:
@@ -71,8 +90,10 @@ def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:
 class _Pass:
     """One forward pass of one layer."""
 
-    def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
+    def __init__(
+        self, layer: AdaptedLayer, args: tuple[Any, ...] = (), kwargs: Any = None, norm: Tap | None = None
+    ) -> None:
+        self.layer, self.args, self.kwargs, self.norm = layer, args, kwargs or {}, norm
 
     def output(self, stack: tuple[Node, ...], x: Tensor) -> Any:
         """Return what the layer puts out under parts that act one after the other."""
@@ -93,31 +114,72 @@ class _Pass:
 
     def after(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
         """Return what becomes of an output."""
-        if node is None:
-            return y
         if not isinstance(node, Block):
-            slot = self.layer.slots[node]
-            return slot.method.after(slot, x, y)
+            slot = self.layer.slots.get(node) if node is not None else None
+            return y if slot is None else self._act(slot, x, y)
         if isinstance(node, Stack):
             for child in node.children:
                 y = self.after(child, x, y)
             return y
         if isinstance(node, Average):
-            deltas = [
-                w * self.change(child, x, y) for child, w in _zip(node, node.weights) if child is not None
-            ]
-            return y + _sum(deltas)
+            pairs = [(child, w) for child, w in _zip(node, node.weights) if self._sits(child)]
+            return y + _sum([w * self.change(child, x, y) for child, w in pairs]) if pairs else y
         if isinstance(node, Fuse):
-            return self._fused(node, x, y, [self.change(child, x, y) for child in node.children])
-        axis, sizes = self._parts(node, x)
+            changes = [self.change(child, x, y) for child in node.children if self._sits(child)]
+            if len(changes) > 1:
+                return self._fused(node, x, y, changes)
+            return y + changes[0] if changes else y
+        axis, sizes = self._parts(node, y)
         halves = zip(torch.split(x, sizes, axis), torch.split(y, sizes, axis), strict=True)
-        return torch.cat([self.after(child, *half) for child, half in _zip(node, halves)], axis)
+        parts = []
+        for child, (x_part, y_part) in _zip(node, halves):
+            with self._under(child):
+                parts.append(self.after(child, x_part, y_part))
+            self._check_norm(child)
+        return torch.cat(parts, axis)
 
     def change(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
         """Return what a part adds to an output: of one that only adds, without the rounding of a difference."""
-        if all(_only_adds(slot) for slot in _slots(self.layer, node)):
-            return self.after(node, x, y.new_zeros(()).expand_as(y))
-        return self.after(node, x, y) - y
+        slots = list(_slots(self.layer, node))
+        if isinstance(node, str):
+            self._forget_norm()
+            change = slots[0].method.change(slots[0], x, y)
+        elif all(_only_adds(slot) for slot in slots):
+            change = self.after(node, x, y.new_zeros(()).expand_as(y))
+        else:
+            change = self.after(node, x, y) - y
+        self._check_norm(node)
+        return change
+
+    # ------------------------------------------------------------------ the model's own norm, behind an adapted output
+
+    def _act(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        self._forget_norm()
+        return slot.method.after(slot, x, y)
+
+    def _forget_norm(self) -> None:
+        if self.norm is not None:  # whether it is passed by is up to the last adapter
+            self.norm.park(None)
+
+    def _check_norm(self, node: Node) -> None:
+        """Refuse to mix what an adapter puts in place of the model's norm with what goes through it."""
+        if self.norm is not None and self._sits(node) and self.norm.take() is not None:
+            raise ValueError(
+                f"{node!r} passes the model's normalisation by (original_ln_after=False), which it can alone or in a Stack only"
+            )
+
+    @contextmanager
+    def _under(self, child: Node) -> Iterator[None]:
+        """Let an adapted norm, which adapters of an output may ask, know which part of the batch it is given."""
+        norm = self.layer.norm() if self.norm is not None else None
+        if child is None or not hasattr(norm, "slots"):
+            yield
+            return
+        tree = child if isinstance(child, Block) else None
+        with self.layer.switch.within(active=tuple(names_in(child)), composition=tree):
+            yield
+
+    # ------------------------------------------------------------------ running the layer
 
     def _run(self, slots: Sequence[Slot], x: Tensor) -> Any:
         # Values that stand in the weight itself would invalidate what the other members have saved of it for their gradients.
@@ -172,8 +234,11 @@ class _Pass:
                 f"members {list(node.children)} of the fusion {node.name!r} meet on a layer that the fusion does not sit on; "
                 "add the fusion after all of them"
             )
-        mixed: Tensor = slot.method.mix(slot, y, changes)
-        return y + mixed
+        first = next(self.layer.slots[str(child)] for child in node.children if child in self.layer.slots)
+        return y + slot.method.mix(slot, first.method.query(first, x, y), changes)
+
+    def _sits(self, node: Node) -> bool:
+        return next(_slots(self.layer, node), None) is not None
 
     def _acts_after(self, node: Node) -> bool:
         return all(_acts_after(slot) for slot in _slots(self.layer, node))
@@ -226,7 +291,7 @@ def _slots(layer: AdaptedLayer, node: Node) -> Iterator[Slot]:
     if isinstance(node, Block):
         for child in node.children:
             yield from _slots(layer, child)
-    elif node is not None:
+    elif node is not None and node in layer.slots:
         yield layer.slots[node]
 
 

@@ -39,6 +39,7 @@ class PeftType(str, Enum):
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
     BITFIT = "BITFIT"
+    BOTTLENECK = "BOTTLENECK"
     LOHA = "LOHA"
     LOKR = "LOKR"
     OFT = "OFT"

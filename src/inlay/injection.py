@@ -13,23 +13,25 @@ from .config import PeftConfig
 from .errors import NoMatchingPeftModuleError
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
 from .in_weight import mark_shared
-from .kinds import Linear, kind_of, supported_layers
+from .kinds import LayerKind, Linear, Output, kind_of, supported_layers
 from .layer import AdaptedLayer
 from .method import Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .output_layer import AdaptedOutput
 from .switch import Switch
 from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
-from .walk import Place, adapted_layers, places, places_to_adapt, unwrapped
+from .walk import Place, Site, adapted_layers, places, places_to_adapt, unwrapped
 
 
 @dataclass
 class Plan:
-    """What an adapter needs: parameters to adapt, modules to save whole, and token rows to train."""
+    """What an adapter needs: parameters to adapt, sites that its method chose, modules to save whole, token rows to train."""
 
     method: Method
     layers: list[tuple[Place, str]]
+    sites: list[Site]
     saved: list[Place]
     tokens: list[tuple[Place, list[int]]]
     tied: Groups
@@ -71,8 +73,14 @@ def plan(model: nn.Module, config: Any) -> Plan:
         if any(s in place.inside or s is place.module for s in (p.module for p in saved))
     ]
     blocked = {place.path for place in inside_saved}
+    method = method_by_name(config.method_name())()
+    sites = method.sites(config, model, known)
+    if sites is not None:
+        sites = [site for site in sites if site.place.path not in blocked]
     paths = (
-        find_targets((path for path in known if path not in blocked), config) if config.target_modules else []
+        find_targets((path for path in known if path not in blocked), config)
+        if config.target_modules and sites is None
+        else []
     )
     layers = [(known[path], "weight") for path in paths]
     layers += [
@@ -80,7 +88,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
         for item in _parameter_places(known, getattr(config, "target_parameters", None) or ())
         if item not in layers
     ]
-    if not layers:
+    if not layers and not sites:
         raise NoMatchingPeftModuleError(
             f"Nothing was targeted for adaptation: target_modules={config.target_modules or None}, "
             f"target_parameters={getattr(config, 'target_parameters', None)}; name modules or parameters of the model."
@@ -100,10 +108,9 @@ def plan(model: nn.Module, config: Any) -> Plan:
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
     warn_of_unused_patterns([_parameter_path(place, param) for place, param in layers], config)
-    method = method_by_name(config.method_name())()
     if not getattr(config, "layer_replication", None):  # which shares weights on purpose
         check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
-    return Plan(method, _with_out_projections(known, layers), saved, tokens, tied)
+    return Plan(method, _with_out_projections(known, layers), sites or [], saved, tokens, tied)
 
 
 def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable[tuple[Place, str]]:
@@ -188,12 +195,16 @@ def inject(
                 slots += _twins(
                     tied_places(place, chosen.tied), slots[-1], lambda twin: _wrap(twin, "weight", switch)
                 )
+        for place, kind in chosen.sites:
+            layer = _wrapped_as(place, kind, switch)
+            slots.append(layer.add(name, chosen.method, config, place.path))
         for place, rows in chosen.tokens:
             slots += _add_token_rows(place, tied_places(place, chosen.tied), rows, name, switch)
         for place in chosen.saved:
             _save_whole(place, name, switch)
         if getattr(config, "ensure_weight_tying", False):
             tie_copies(chosen.saved, name)
+        chosen.method.join([slot for slot in slots if slot.method is chosen.method])
         if chosen.method.in_weight:
             mark_shared(model, [slot.layer for slot in slots])
         for slot in slots:
@@ -228,16 +239,32 @@ def _wrap(place: Place, param: str, switch: Switch) -> AdaptedLayer:
     """Return the adapted layer of a parameter, wrapping the module if it has none."""
     kind = kind_of(place.module, param)
     assert kind is not None
+    return _wrapped_as(place, kind, switch)
+
+
+def _wrapped_as(place: Place, kind: LayerKind, switch: Switch) -> AdaptedLayer:
+    """Return the adapted layer of a kind, wrapping the module if it has none. Adapted outputs stay outermost."""
+    outer: AdaptedOutput | None = None
     layer: nn.Module = place.wrapper
     while isinstance(layer, AdaptedLayer):
         if layer.kind.param == kind.param:
             return layer
-        layer = layer.base_layer
-    parent = place.inside[-1]
-    read_through = isinstance(parent, nn.MultiheadAttention)
-    new = AdaptedLayer(place.wrapper, kind, switch, read_through)
+        outer, layer = layer if isinstance(layer, AdaptedOutput) else outer, layer.base_layer
+    read_through = isinstance(place.inside[-1], nn.MultiheadAttention)
+    if isinstance(kind, Output):
+        if read_through:
+            raise ValueError(
+                f"{place.path} is read by its parent, never called, so it has no output to adapt; name the attention module"
+            )
+        new: AdaptedLayer = AdaptedOutput(place.wrapper, kind, switch)
+    else:
+        inner = place.wrapper if outer is None else outer.base_layer
+        new = AdaptedLayer(inner, kind, switch, read_through)
     keep_modules_called(new, place.inside)
-    place.replace(new)
+    if outer is None or isinstance(kind, Output):
+        place.replace(new)
+    else:
+        outer.base_layer = new
     return new
 
 

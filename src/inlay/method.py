@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .config import PeftConfig
     from .kinds import LayerKind
     from .layer import AdaptedLayer
+    from .walk import Place, Site
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""
@@ -48,6 +49,7 @@ class Slot:
         self.owner: Slot | None = (
             None  # the slot whose parameters these are, where two tied layers share them
         )
+        self.shared: Slot | None = None  # the slot that keeps what all slots of the adapter share, if another
         self.cache: dict[str, Any] = {}
 
     def __getitem__(self, column: str) -> Any:
@@ -108,6 +110,8 @@ class Method:
     """Columns of plain tensors that an adapter's file holds beside the parameters."""
     mixes: ClassVar[bool] = False
     """Whether the method only mixes what other adapters of a layer do, by ``mix`` instead of the functions below."""
+    mergeable: ClassVar[bool] = True
+    """Whether ``merge`` exists: an adapter that acts on a module's output by a function of its own cannot be merged."""
     in_weight: ClassVar[bool] = False
     """Whether ``entries`` says all that ``merge`` does, so that the values may stand in the base weight itself."""
 
@@ -160,6 +164,16 @@ class Method:
             ``values[n]``, with the adapter's gradient.
         """
         raise NotImplementedError
+
+    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a fusion of several adapters asks by, ``[..., out]``: the output that they act on."""
+        return y
+
+    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what ``after`` adds to y; for methods that only add, without the rounding of a difference."""
+        if self.additive:
+            return self.after(slot, x, y.new_zeros(()).expand_as(y))
+        return self.after(slot, x, y) - y
 
     def mix(self, slot: Slot, query: Tensor, changes: Sequence[Tensor]) -> Tensor:
         """Return what a method that ``mixes`` adds to the layer's output ``query[..., out]``, given what each adapter adds."""
@@ -220,6 +234,26 @@ class Method:
             ValueError: there are none for this model, and ``required``.
         """
         return default_targets(model, required)
+
+    def sites(self, config: Any, model: nn.Module, known: Mapping[str, Place]) -> list[Site] | None:
+        """Return the places that the adapter sits on, where the method decides that itself, without changing the model.
+
+        Args:
+            config: the adapter's configuration.
+            model: the model, which may already carry adapters.
+            known: every module of the bare model by its path.
+
+        Returns:
+            Modules with the kind of layer that they are to the method; None where ``target_modules`` and
+            ``target_parameters`` name them.
+
+        Raises:
+            ValueError: there is no such place in this model.
+        """
+        return None
+
+    def join(self, slots: Sequence[Slot]) -> None:
+        """Connect the slots of a new adapter, before they get their values, for methods whose layers share parameters."""
 
     def delta(self, slot: Slot) -> Tensor:
         """Return ``W' - W`` for the base weight, as a canonical matrix."""

@@ -32,8 +32,8 @@ def store_of(layer: nn.Module, param: str) -> WeightStore:
     for library, test, cls in _STORES:
         if library in sys.modules and test(layer, param):
             return cls()
-    weight = getattr(layer, param)
-    if not weight.is_floating_point():
+    weight = getattr(layer, param, None)  # an adapted output has none
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
         raise ValueError(
             f"{type(layer).__name__}.{param} holds {weight.dtype} numbers (class {type(weight).__name__}) "
             "that Inlay cannot read; "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
+from .kinds import LayerKind
 from .layer import AdaptedLayer
+from .output_layer import AdaptedOutput
+from .taps import carry_taps
 
 
 @dataclass
@@ -34,9 +37,17 @@ class Place:
 
     def replace(self, new: nn.Module) -> None:
         """Hang another module here, everywhere."""
+        carry_taps(self.wrapper, new)
         for parent, attribute in self.parents:
             setattr(parent, attribute, new)
         self.wrapper = new
+
+
+class Site(NamedTuple):
+    """A place that an adapter is to sit on, and what kind of layer it is to the adapter's method."""
+
+    place: Place
+    kind: LayerKind
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
@@ -75,6 +86,25 @@ def places(model: nn.Module) -> dict[str, Place]:
 
     visit(model, "", "", ())
     return found
+
+
+def path_in_files(path: str, outputs: Collection[str]) -> str:
+    """Return a name by which files know a module or parameter: as if no adapter sat on an output.
+
+    Args:
+        path: the name in the model as it is.
+        outputs: the names of the wrappers of adapted outputs, with the same beginning.
+    """
+    for outer in sorted(outputs, key=len, reverse=True):
+        inner = f"{outer}.base_layer"
+        if path == inner or path.startswith(f"{inner}."):
+            path = outer + path[len(inner) :]
+    return path
+
+
+def adapted_outputs(model: nn.Module) -> list[str]:
+    """Return the paths, in the model as it is, of the wrappers of adapted outputs."""
+    return [path for path, wrapper in wrappers(model) if isinstance(wrapper, AdaptedOutput)]
 
 
 def places_to_adapt(model: nn.Module, config: Any) -> dict[str, Place]:

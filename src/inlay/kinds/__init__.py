@@ -12,6 +12,7 @@ layer's own operation with the matrix ``product(up, down)``:
     InProjection [3 embed, embed]             as it is                 Linear          Linear
     Experts      [expert, out, in] (or .mT)   [expert, out, in]        Linear(in, r * experts) ...
     Norm         [features]                   [features, 1]            none
+    Output       none: what a module puts out y[..., out]              none
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .conv import Conv
 from .embedding import Embedding
 from .linear import Conv1D, Linear
 from .norm import Norm
+from .output import Output
 
 __all__ = [
     "Conv",
@@ -36,6 +38,7 @@ __all__ = [
     "Linear",
     "Matrix",
     "Norm",
+    "Output",
     "kind_of",
     "layer_kind",
     "supported_layers",

@@ -15,9 +15,9 @@ Authors' code: https://github.com/adapter-hub/adapters
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from ..composition import check_members
 from ..config import PeftConfig, PeftType
 from ..extras import TrainableTokensWrapper
-from ..kinds import Embedding, LayerKind, Linear, Norm
+from ..kinds import Embedding, LayerKind, Linear, Norm, Output
 from ..kinds.base import uninitialised
 from ..layer import AdaptedLayer
 from ..method import Column, Method, Slot
-from ..walk import adapted_layers, places
+from ..walk import Place, Site
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,6 @@ class FusionConfig(PeftConfig):
 
     Args:
         members: names of the adapters to mix, two or more.
-        target_modules: set by itself: the layers on which members meet.
         train_members: train the members together with the fusion; otherwise they stay as they are.
         regularization: weight of the penalty ``||I - W_v||^2`` summed over layers, which is added to the loss in training.
         temperature: what the scores are divided by.
@@ -53,7 +52,7 @@ class FusionConfig(PeftConfig):
 
     peft_type: PeftType | str | None = PeftType.FUSION
     members: list[str] = field(default_factory=list)
-    target_modules: Collection[str] | str | None = None
+    target_modules: ClassVar[None] = None  # the layers follow from the members
     train_members: bool = False
     regularization: float = 0.01
     temperature: float = 1.0
@@ -74,12 +73,16 @@ class Fusion(Method, name="FUSION"):
 
     config = FusionConfig
     mixes = True
+    mergeable = False
 
     def complete(self, config: FusionConfig, model: nn.Module) -> None:
-        config.target_modules = _meeting_places(model, config.members)
+        """Leave the configuration as it is: ``sites`` finds the layers."""
+
+    def sites(self, config: FusionConfig, model: nn.Module, known: Mapping[str, Place]) -> list[Site]:
+        return _meeting_places(known, config.members)
 
     def build(self, kind: LayerKind, config: FusionConfig, path: str) -> dict[str, Column]:
-        if not isinstance(kind, (Linear, Embedding, Norm)) or getattr(kind, "of_batches", False):
+        if not isinstance(kind, (Linear, Embedding, Norm, Output)) or getattr(kind, "of_batches", False):
             raise ValueError(
                 f"a fusion needs layers whose features come last; its members {config.members} meet on {path}, which is none"
             )
@@ -114,11 +117,6 @@ class Fusion(Method, name="FUSION"):
             mixed = torch.addcmul(mixed, u, shares[..., i, None])
         return F.linear(mixed, to_value.weight.to(dtype))
 
-    def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise ValueError(
-            f"the fusion {slot.name!r} depends on what a layer reads, so it cannot be written into a weight; merge its members"
-        )
-
     def penalty(self, slots: Sequence[Slot]) -> Tensor | None:
         weights = [slot["fusion_value"].weight for slot in slots]
         rate = slots[0].config.regularization  # type: ignore[attr-defined]
@@ -129,36 +127,38 @@ class Fusion(Method, name="FUSION"):
         return total
 
 
-def _meeting_places(model: nn.Module, members: Sequence[str]) -> set[str]:
-    """Return the paths of the layers on which two or more members sit.
+def _meeting_places(known: Mapping[str, Place], members: Sequence[str]) -> list[Site]:
+    """Return the layers on which two or more members sit.
 
     Raises:
         ValueError: a member is not there or is a fusion itself, or members meet nowhere, or where they cannot be mixed.
     """
-    known = {name: slot.method for _, layer in adapted_layers(model) for name, slot in layer.slots.items()}
+    layers = [(place, layer) for place in known.values() for layer in _adapted(place)]
+    methods = {name: slot.method for _, layer in layers for name, slot in layer.slots.items()}
     for name in members:
-        if name not in known:
+        if name not in methods:
             raise ValueError(
-                f"the fusion's member {name!r} is not loaded (there are {sorted(known)}); load it first"
+                f"the fusion's member {name!r} is not loaded (there are {sorted(methods)}); load it first"
             )
-        if known[name].mixes:
+        if methods[name].mixes:
             raise ValueError(f"the fusion's member {name!r} is a fusion itself; name its members instead")
-    found = set()
-    for path, place in places(model).items():
-        layer: Any = place.wrapper
-        if isinstance(layer, TrainableTokensWrapper):
-            layer = layer.token_adapter
-        while isinstance(layer, AdaptedLayer):
-            if sum(name in layer.slots for name in members) > 1:
-                if layer is not place.wrapper or layer.kind.param != "weight":
-                    raise ValueError(
-                        f"members {list(members)} of the fusion meet on {path}.{layer.kind.param} or on single tokens of it, "
-                        "where they cannot be mixed"
-                    )
-                found.add(path)
-            layer = layer.base_layer
+    found = [Site(p, layer.kind) for p, layer in layers if sum(name in layer.slots for name in members) > 1]
+    for place, _ in found:
+        if isinstance(place.wrapper, TrainableTokensWrapper):
+            raise ValueError(
+                f"members {list(members)} train single tokens of {place.path}, which cannot be mixed"
+            )
     if not found:
         raise ValueError(
             f"the adapters {list(members)} sit on no layer together, so there is nothing to fuse"
         )
     return found
+
+
+def _adapted(place: Place) -> Iterator[AdaptedLayer]:
+    layer: Any = place.wrapper
+    if isinstance(layer, TrainableTokensWrapper):
+        layer = layer.token_adapter
+    while isinstance(layer, AdaptedLayer):
+        yield layer
+        layer = layer.base_layer

@@ -1,0 +1,302 @@
+"""Bottleneck adapters: a small network behind the blocks of a model. Houlsby et al. 2019, https://arxiv.org/abs/1902.00751.
+
+    f(x) = W_up act(W_down x + b_down) + b_up       W_down[b, d], W_up[d, b], x[..., d]
+    series      h = y + s f(x)                      x = y, or what the model makes of y (original_ln_before)
+    parallel    h = y + s f(r)                      r = the residual of the sub-layer
+
+y is the output of a sub-layer before the model adds r to it, or the output of any module (``target_modules``). Pfeiffer et al.
+2021 (https://arxiv.org/abs/2005.00247) put one adapter after the feed-forward block, He et al. 2022
+(https://arxiv.org/abs/2110.04366) put it beside, Compacter (Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647) makes the
+projections of Kronecker products. W_up and b_up start at zero, so that the model starts as itself; presets that follow another
+library start as that one does (``presets.py``). f is not linear, so there is nothing to merge.
+Authors' code: https://github.com/google-research/adapter-bert, https://github.com/rabeehk/compacter
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kinds import LayerKind, Output
+from ...method import Column, Method, Slot
+from ...output_layer import AdaptedOutput
+from ...targets import find_targets, matches
+from ...walk import Place, Site
+from .activations import activation
+from .block import Kronecker, LowRank, initialise, layer_norm, linear
+from .config import PLACEMENTS, BottleneckConfig
+from .sublayers import FAMILIES, find_sublayers
+
+
+class Bottleneck(Method, name="BOTTLENECK"):
+    """h = y + s f(x); see the top of this file."""
+
+    config = BottleneckConfig
+    mergeable = False
+    saved_buffers = ("adapter_rule", "adapter_down_rule", "adapter_up_rule")
+
+    # ------------------------------------------------------------------ where
+
+    def complete(self, config: BottleneckConfig, model: nn.Module) -> None:
+        if config.placement is None and not config.target_modules:
+            config.placement = "both"
+
+    def sites(self, config: BottleneckConfig, model: nn.Module, known: Mapping[str, Place]) -> list[Site]:
+        if config.target_modules:
+            paths = [p for p in find_targets(known, config) if _block_of(p) not in config.leave_out]
+            return [Site(known[p], _output_of(known[p], config)) for p in paths]
+        found = list(find_sublayers(known))
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} has no block whose attention and feed-forward block could be told by their names "
+                f"(known: {', '.join(family.name for family in FAMILIES)}); name modules with target_modules=[...], "
+                "or describe the blocks with inlay.register_family(Family(...))"
+            )
+        blocks = 1 + max(f.block for f in found)
+        if beyond := [i for i in config.leave_out if i >= blocks]:
+            raise ValueError(
+                f"leave_out={beyond} names blocks that there are not: the model has {blocks}, from 0"
+            )
+        parts = PLACEMENTS[config.placement or "both"]
+        return [
+            Site(f.exit, Output(f.exit.module, like=f.like, sublayer=f.sublayer, index=f.block))
+            for f in found
+            if f.part in parts
+            and f.block not in config.leave_out
+            and not matches(f.exit.path, config.exclude_modules)
+        ]
+
+    # ------------------------------------------------------------------ what
+
+    def build(self, kind: LayerKind, config: BottleneckConfig, path: str) -> dict[str, Column]:
+        assert isinstance(kind, Output)
+        width, out = kind.in_features if config.parallel else kind.out_features, kind.out_features
+        if config.original_ln_before and kind.in_features != out:
+            raise ValueError(
+                f"original_ln_before=True adds the input of {path} to its output, but they are {kind.in_features} and {out} wide"
+            )
+        size = _size(config, kind, path)
+        where: dict[str, Any] = {"device": kind.device, "dtype": kind.dtype}
+        columns: dict[str, Column] = {
+            "adapter_down": _projection(config, width, size, path, where),
+            "adapter_up": _projection(config, size, out, path, where),
+        }
+        if config.phm_layer:
+            for name in (
+                ("adapter_rule",) if config.shared_phm_rule else ("adapter_down_rule", "adapter_up_rule")
+            ):
+                rule = torch.empty([config.phm_dim] * 3, **where)
+                columns[name] = nn.Parameter(rule) if config.learn_phm else rule
+        if config.ln_before:
+            columns["adapter_norm_before"] = nn.LayerNorm(width, **where)
+        if config.ln_after:
+            columns["adapter_norm_after"] = nn.LayerNorm(out, **where)
+        if config.use_gating:
+            columns["adapter_gate"] = nn.Linear(width, 1, **where)
+        if isinstance(config.scaling, str):
+            columns["adapter_scaling"] = nn.Parameter(
+                torch.empty(out if config.scaling == "channel" else 1, **where)
+            )
+        else:
+            columns["scaling"] = float(config.scaling)
+        return columns
+
+    def join(self, slots: Sequence[Slot]) -> None:
+        config: Any = slots[0].config
+        if not config.phm_layer or not (config.shared_phm_rule or config.shared_W_phm):
+            return
+        first = slots[0]
+        for slot in slots[1:]:
+            slot.shared = first
+            if config.shared_phm_rule:
+                slot.layer.drop("adapter_rule", slot)
+            for name in ("adapter_down", "adapter_up") if config.shared_W_phm else ():
+                if _shapes(slot[name]) != _shapes(first[name]):
+                    raise ValueError(
+                        f"shared_W_phm=True needs layers of one size, but those of {slot.path} and {first.path} differ"
+                    )
+                slot[name].forget_factors()
+
+    def init(self, slot: Slot) -> None:
+        config: Any = slot.config
+        start_at_zero = config.init_weights in ("lora", "mam_adapter")
+        drawn = config.hypercomplex_nonlinearity if config.phm_layer else "glorot-uniform"
+        initialise(slot["adapter_down"], config.init_weights, False, drawn)
+        initialise(slot["adapter_up"], config.init_weights, start_at_zero, drawn)
+        for name in self.saved_buffers:
+            if name in slot.columns:
+                _draw_rule(
+                    slot[name], config.phm_init_range if name == "adapter_rule" else 0.01, config.phm_c_init
+                )
+        if (gate := slot.get("adapter_gate")) is not None:
+            nn.init.normal_(gate.weight, std=0.02)
+            nn.init.zeros_(gate.bias)
+        if (scaling := slot.get("adapter_scaling")) is not None:
+            nn.init.ones_(scaling)
+
+    def unit_scale(self, slot: Slot) -> float:
+        return float(cast("Any", slot.config).scaling)
+
+    # ------------------------------------------------------------------ running
+
+    def after(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        if y.shape[-1] != slot.kind.out_features:
+            raise ValueError(
+                f"the output of {slot.path} is {y.shape[-1]} wide, its adapter {slot.kind.out_features}; "
+                "say the width with hidden_size"
+            )
+        return self._parallel(slot, x, y) if cast("Any", slot.config).parallel else self._series(slot, x, y)
+
+    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the bottleneck reads: y, the residual x, or what the model makes of both."""
+        config: Any = slot.config
+        if config.parallel or not config.original_ln_before:
+            return x if config.parallel else y
+        norm = _model_norm(slot)
+        return y + x if norm is None else cast("Tensor", norm(y + x))
+
+    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        config: Any = slot.config
+        upon_y = config.parallel or config.residual_before_ln is True or not config.original_ln_before
+        if not upon_y or not config.original_ln_after or config.adapter_residual_before_ln:
+            return super().change(slot, x, y)
+        z, norm = self._change(slot, self.query(slot, x, y)), slot.get("adapter_norm_after")
+        return (z if norm is None else layer_norm(norm, z)).to(y.dtype)
+
+    def _parallel(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
+        z = self._change(slot, r)
+        if (norm := slot.get("adapter_norm_after")) is not None:
+            z = layer_norm(norm, z)
+        return _go_on(slot, y + z.to(y.dtype), r)
+
+    def _series(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
+        config: Any = slot.config
+        x = carried = y
+        with_residual = False  # whether ``carried`` is y + r
+        if config.original_ln_before:
+            x = y + r
+            model_norm = _model_norm(slot)
+            if config.residual_before_ln == "post_add":
+                carried, with_residual = x, True
+            if model_norm is not None:
+                x = model_norm(x)
+            if config.residual_before_ln is False:
+                carried, with_residual = x, model_norm is None
+        z = self._change(slot, x).to(y.dtype)
+        norm = slot.get("adapter_norm_after")
+        if config.adapter_residual_before_ln:
+            return _go_on(slot, layer_norm(norm, z + carried), r)
+        z = z if norm is None else layer_norm(norm, z)
+        if with_residual and not config.original_ln_after and _model_norm(slot) is None:
+            return y + z  # the model adds r: leave it out here, instead of taking it off again
+        return _go_on(slot, carried + z, r)
+
+    def _change(self, slot: Slot, x: Tensor) -> Tensor:
+        """Return ``s f(x)``, dropped out and gated."""
+        config: Any = slot.config
+        norm, gate, given = slot.get("adapter_norm_before"), slot.get("adapter_gate"), x
+        if norm is not None:
+            x = layer_norm(norm, x)
+        z = _project(slot, "adapter_up", activation(config.non_linearity)(_project(slot, "adapter_down", x)))
+        scaling = slot.get("adapter_scaling")
+        if scaling is not None:
+            z = z * scaling.to(z.dtype)
+        elif slot["scaling"] != 1.0:
+            z = z * slot["scaling"]
+        if slot.layer.training and config.dropout:
+            z = F.dropout(z, config.dropout)
+        if gate is not None:
+            open_ = torch.sigmoid(linear(gate, given))
+            z = z * (open_.mean(-2, keepdim=True) if open_.dim() > 2 else open_)
+        if slot.layer.training and config.stochastic_depth:
+            kept = torch.empty(z.shape[0], *[1] * (z.dim() - 1), device=z.device, dtype=z.dtype)
+            z = z * kept.bernoulli_(1 - config.stochastic_depth) / (1 - config.stochastic_depth)
+        return z
+
+
+def _go_on(slot: Slot, h: Tensor, r: Tensor) -> Tensor:
+    """Return what the module is to put out so that the model goes on as the configuration says."""
+    if cast("Any", slot.config).original_ln_after:
+        return h
+    if _model_norm(slot) is None:
+        return h - r
+    cast("AdaptedOutput", slot.layer).pass_norm(h)
+    return h
+
+
+def _model_norm(slot: Slot) -> nn.Module | None:
+    return cast("AdaptedOutput", slot.layer).norm()
+
+
+def _project(slot: Slot, name: str, x: Tensor) -> Tensor:
+    """Run one of the two projections."""
+    projection, config = slot[name], cast("Any", slot.config)
+    if isinstance(projection, nn.Linear):
+        return linear(projection, x)
+    if isinstance(projection, LowRank):
+        return projection.project(x)
+    keeper = slot.shared or slot
+    rule = keeper["adapter_rule"] if config.shared_phm_rule else slot[f"{name}_rule"]
+    factors = keeper[name] if config.shared_W_phm else projection
+    return cast("Tensor", projection.project(x, rule, factors))
+
+
+def _projection(
+    config: BottleneckConfig, width_in: int, width_out: int, path: str, where: dict[str, Any]
+) -> nn.Module:
+    if config.low_rank is not None:
+        return LowRank(width_in, width_out, config.low_rank, where)
+    if not config.phm_layer:
+        return nn.Linear(width_in, width_out, **where)
+    n = config.phm_dim
+    if width_in % n or width_out % n:
+        raise ValueError(
+            f"phm_dim={n} does not divide the widths {width_in} and {width_out} of the projections at {path}; "
+            "choose another phm_dim, reduction_factor or bottleneck_size"
+        )
+    return Kronecker(
+        width_in, width_out, n, config.phm_rank if config.factorized_phm_W else None, config.phm_bias, where
+    )
+
+
+def _size(config: BottleneckConfig, kind: Output, path: str) -> int:
+    """Return the width of the bottleneck at a layer.
+
+    Raises:
+        ValueError: sizes are given by block, and this block has none.
+    """
+    given: Any = config.reduction_factor if config.bottleneck_size is None else config.bottleneck_size
+    field = "reduction_factor" if config.bottleneck_size is None else "bottleneck_size"
+    if isinstance(given, dict):
+        number = given.get(str(kind.index), given.get("default"))
+        if number is None:
+            raise ValueError(f"{field} has no entry for block {kind.index} ({path}) and no 'default'")
+        given = number
+    return int(given) if field == "bottleneck_size" else max(1, int(kind.out_features // given))
+
+
+def _output_of(place: Place, config: BottleneckConfig) -> Output:
+    return Output(place.module, width=config.hidden_size, index=_block_of(place.path))
+
+
+def _block_of(path: str) -> int | None:
+    """Return the first number in a module's path, by which lists of blocks are counted."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return None if found is None else int(found.group(1))
+
+
+def _shapes(projection: Kronecker) -> list[torch.Size]:
+    return [p.shape for p in projection.parameters()]
+
+
+@torch.no_grad()
+def _draw_rule(rule: Tensor, spread: float, how: str) -> None:
+    if how == "uniform":
+        rule.uniform_(-spread, spread)
+    else:
+        rule.normal_(std=spread)

@@ -1,0 +1,155 @@
+"""Taps: hooks by which an adapter at the end of a sub-layer learns of what happened elsewhere in it.
+
+A sub-layer of a transformer (its attention, its feed-forward block) adds its result y to a residual r::
+
+    entry(r) -> ... -> exit -> y        pre-norm:  h = y + r        post-norm:  h = norm(y + r)
+
+The adapter sits on the module ``exit``. A ``ResidualTap`` on the module ``entry`` keeps r for it, a ``NormTap`` on the module
+``norm`` puts out the adapter's result in place of the normalisation's. Both keep a value for one thread between two
+modules of one forward pass, do nothing while no adapter of their layer is on, follow the model through ``copy.deepcopy`` and
+``torch.save``, and move with the wrappers (``carry_taps``), so that they always sit on what is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .output_layer import AdaptedOutput
+
+
+@dataclass(frozen=True)
+class Hung:
+    """A place in a model: what hangs there now is looked up each time, because adapters wrap modules and unwrap them."""
+
+    parent: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that hangs there now."""
+        return cast("nn.Module", self.parent._modules[self.attribute])
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """Where a sub-layer takes its residual from, and which normalisation the model applies to ``y + r`` (None: none)."""
+
+    entry: Hung
+    norm: Hung | None = None
+
+
+class _Parked(threading.local):
+    value: Any = None
+    rows: Tensor | None = None
+
+
+class Tap:
+    """A hook that keeps a value for its own thread; the layer that it belongs to says whether it has work to do."""
+
+    def __init__(self, layer: AdaptedOutput) -> None:
+        self.layer = layer
+        self.parked = _Parked()
+
+    def take(self) -> Any:
+        """Return the value of this thread, and forget it."""
+        value, self.parked.value = self.parked.value, None
+        return value
+
+    def park(self, value: Any) -> None:
+        """Keep a value for this thread."""
+        self.parked.value = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layer, self.parked = state["layer"], _Parked()
+
+
+class ResidualTap(Tap):
+    """A forward pre-hook that keeps the first input of the module it sits on."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the input, while an adapter is on that may ask for it."""
+        if self.layer.acts():
+            self.park(first_input(module, args, kwargs))
+
+
+class NormTap(Tap):
+    """A forward hook that replaces a normalisation's output by what an adapter has left for it.
+
+    The value is None, the whole output, or a list of (rows, output of these rows) in a mixed batch.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return what was left, if anything was."""
+        value = self.take()
+        if not value_is_left(value) or not self.layer.acts():
+            return None
+        if isinstance(value, Tensor):
+            return value
+        for rows, part in value:
+            output = output.index_copy(0, rows, part.to(output.dtype))
+        return output
+
+
+def value_is_left(value: Any) -> bool:
+    """Whether a tap keeps something: a tensor or a list that is not empty."""
+    return value is not None and (isinstance(value, Tensor) or bool(value))
+
+
+def first_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return a module's first input, whether it was given by place or by name.
+
+    Raises:
+        TypeError: there is no tensor that could be it.
+    """
+    found = args[0] if args else None
+    if not args and kwargs:
+        name = next(iter(inspect.signature(module.forward).parameters), "")
+        found = kwargs.get(name, next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{type(module).__name__} was called without a tensor as its first input")
+    return found
+
+
+def set_tap(module: nn.Module, tap: Tap) -> None:
+    """Hang a tap on a module, unless it hangs there."""
+    if any(present is tap for present in taps_on(module)):
+        return
+    if isinstance(tap, ResidualTap):
+        module.register_forward_pre_hook(tap, with_kwargs=True)
+    else:
+        module.register_forward_hook(cast("Any", tap))
+
+
+def taps_on(module: nn.Module) -> list[Tap]:
+    """Return the taps on a module, in the order of their hanging."""
+    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, Tap)]
+
+
+def drop_tap(module: nn.Module, tap: Tap) -> None:
+    """Take a tap off a module, if it hangs there."""
+    places: list[tuple[dict[int, Any], dict[int, bool]]] = [
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ]
+    for hooks, marks in places:
+        for key in [key for key, hook in hooks.items() if hook is tap]:
+            del hooks[key]
+            marks.pop(key, None)
+
+
+def carry_taps(old: nn.Module, new: nn.Module) -> None:
+    """Move the taps from what hung in a place to what hangs there from now on."""
+    for tap in taps_on(old):
+        drop_tap(old, tap)
+        set_tap(new, tap)
