@@ -14,6 +14,7 @@ _WHERE = {
     "adapted_model": "AdaptedModel",
     "auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification",
+    "composition": "Average BatchSplit Fuse Parallel Split Stack",
     "checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
     "config": "PeftConfig PeftType TaskType",
     "errors": "AdapterFileError NoMatchingPeftModuleError PeftError PeftWarning",
@@ -28,6 +29,7 @@ _WHERE = {
     "methods.bitfit": "BitFitConfig",
     "methods.bottleneck.config": "BottleneckConfig",
     "methods.bottleneck.sublayers": "Family Points register_family",
+    "methods.fusion": "FusionConfig",
     "methods.ia3": "IA3Config",
     "methods.ln_tuning": "LNTuningConfig",
     "methods.loha": "LoHaConfig",
@@ -44,6 +46,7 @@ _WHERE = {
     "status": "get_layer_status get_model_status",
     "tasks": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
     "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model inject_adapter_in_model",
+    "training.adapter_drop": "AdapterDropCallback",
     "training.freezing": "FreezeReport freeze_delta freeze_from_config freeze_modules",
     "training.r_drop": "RDropLoss rdrop_repeat",
     "training.trainable_checkpoint": "TrainableParamsCheckpoint",
@@ -98,6 +101,12 @@ if TYPE_CHECKING:
     from .checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
     from .checkpoint import load_peft_weights as load_peft_weights
     from .checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
+    from .composition import Average as Average
+    from .composition import BatchSplit as BatchSplit
+    from .composition import Fuse as Fuse
+    from .composition import Parallel as Parallel
+    from .composition import Split as Split
+    from .composition import Stack as Stack
     from .config import PeftConfig as PeftConfig
     from .config import PeftType as PeftType
     from .config import TaskType as TaskType
@@ -123,6 +132,7 @@ if TYPE_CHECKING:
     from .methods.bottleneck.sublayers import Family as Family
     from .methods.bottleneck.sublayers import Points as Points
     from .methods.bottleneck.sublayers import register_family as register_family
+    from .methods.fusion import FusionConfig as FusionConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from .methods.loha import LoHaConfig as LoHaConfig
@@ -151,6 +161,7 @@ if TYPE_CHECKING:
     from .tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tasks import get_peft_model as get_peft_model
     from .tasks import inject_adapter_in_model as inject_adapter_in_model
+    from .training.adapter_drop import AdapterDropCallback as AdapterDropCallback
     from .training.freezing import FreezeReport as FreezeReport
     from .training.freezing import freeze_delta as freeze_delta
     from .training.freezing import freeze_from_config as freeze_from_config

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .choice import choose, fusions_of, unknown_adapter
+from .composition import Block, Child, beyond_weights
 from .config import PeftConfig
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -17,6 +19,7 @@ from .kinds import Conv1D
 from .layer import AdaptedLayer
 from .method import Method, Slot
 from .output_layer import AdaptedOutput, not_linear
+from .parallel_inputs import copies_for, repeated
 from .replication import replicate_layers
 from .switch import Switch
 from .tied import note_untied
@@ -63,8 +66,18 @@ class AdaptedModel(nn.Module):
             self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model with the adapters that are on."""
+        """Run the base model with the adapters that are on; under ``Parallel``, on the batch once for each of them."""
+        args, kwargs = self.repeated_inputs(args, kwargs)
         return self.model(*args, **kwargs)
+
+    def repeated_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call's arguments as the composition that is on needs them."""
+        setting = self.switch.now()
+        if setting.composition is None or not setting.enabled:
+            return args, kwargs
+        return repeated(args, kwargs, copies_for(setting.composition))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,19 +131,47 @@ class AdaptedModel(nn.Module):
         else:
             self.set_requires_grad(name, requires_grad=False)
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters active and, outside inference mode, trainable; freeze those that were.
+    def set_adapter(
+        self,
+        adapter_name: Child | Sequence[Child],
+        inference_mode: bool = False,
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        """Make adapters active and, outside inference mode, trainable; freeze those that were.
+
+        Args:
+            adapter_name: an adapter, a block of ``inlay.composition``, or several in the order in which they act.
+            inference_mode: leave them frozen.
+            skip_layers: blocks of the model, counted from 0, in which no adapter acts (AdapterDrop).
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: there is no such adapter or block of the model, blocks are nested in a way that has no meaning, or more
+                than single adapters in order is asked for while adapters are merged. Nothing is changed then.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        self._check_known(names)
-        for name in self.switch.setting.active:
-            if name in self.peft_config and name not in names:
+        choice, skipped = choose(adapter_name, self.peft_config), frozenset(skip_layers)
+        self._check_skipped(skipped)
+        if choice.composition is not None or skipped:
+            self._check_not_merged("a composition" if choice.composition is not None else "skip_layers")
+        trained = [name for name in choice.active if name not in choice.frozen]
+        for name in (*self.switch.setting.active, *choice.frozen):
+            if name in self.peft_config and name not in trained:
                 self.set_requires_grad(name, requires_grad=False)
-        self.set_requires_grad(names, requires_grad=not inference_mode)
-        self.switch.change(active=names)
+        self.set_requires_grad(trained, requires_grad=not inference_mode)
+        self.switch.change(active=choice.active, composition=choice.composition, skip_layers=skipped)
+
+    def _check_skipped(self, skipped: frozenset[int]) -> None:
+        if not skipped:
+            return
+        last = max((layer.block for layer in self.layers() if layer.block is not None), default=-1)
+        if wrong := sorted(i for i in skipped if not 0 <= i <= last):
+            raise ValueError(
+                f"skip_layers={wrong} are no blocks with adapters"
+                + (f"; the last one is {last}" if last >= 0 else ": none sits in a numbered block")
+            )
+
+    def _check_not_merged(self, what: str) -> None:
+        if any(layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"{what} needs the adapters beside the weights; call unmerge_adapter() first")
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the parameters of adapters trainable or not, active or not."""
@@ -196,21 +237,26 @@ class AdaptedModel(nn.Module):
             raise ValueError(
                 f"Adapter {adapter_name} is merged into the base weights; call unmerge_adapter() first"
             )
+        if fusions := fusions_of(adapter_name, self.peft_config):
+            raise ValueError(
+                f"Adapter {adapter_name} is a member of the fusions {fusions}; delete them first"
+            )
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
         self._wrapped = None
         del self.peft_config[adapter_name], self.methods[adapter_name]
-        left = (
-            tuple(n for n in self.switch.setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
-        )
-        self.switch.change(active=())
+        setting = self.switch.setting
+        if adapter_name not in setting.active and setting.composition is not None:
+            return
+        left = tuple(n for n in setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
+        self.switch.change(active=(), composition=None)
         if left:
-            self.set_adapter(left)
+            self.set_adapter(left, skip_layers=setting.skip_layers)
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} not found. There are: {sorted(self.peft_config)}")
+                raise unknown_adapter(name, self.peft_config)
 
     # ------------------------------------------------------------------ on and off
 
@@ -340,7 +386,7 @@ class AdaptedModel(nn.Module):
             list(places(self.model).values()), disable=not progressbar, desc="Unloading and merging model"
         ):
             if place.wrapper is not place.module:
-                place.replace(_merged_for_good(place.wrapper, names))
+                place.replace(_merged_for_good(place.wrapper, names, adapter_names))
         return self._bare()
 
     def unload(self) -> nn.Module:
@@ -364,7 +410,16 @@ class AdaptedModel(nn.Module):
 
     def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
         self._check_known(adapter_names or ())
-        for name in self.switch.now().active if adapter_names is None else adapter_names:
+        setting = self.switch.now()
+        tree: Block | None = setting.composition if adapter_names is None else None
+        if tree is not None:
+            if (block := beyond_weights(tree)) is not None:
+                raise ValueError(
+                    f"{block!r} depends on what a layer reads, so it cannot be written into the weights; "
+                    "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
+                )
+            self._check_not_merged(f"merging {tree!r}")
+        for name in setting.active if adapter_names is None else adapter_names:
             if not self.methods[name].mergeable:
                 raise ValueError(not_linear(name, self.methods[name]))
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
@@ -373,14 +428,14 @@ class AdaptedModel(nn.Module):
             )
 
 
-def _merged_for_good(wrapper: nn.Module, names: Sequence[str]) -> nn.Module:
+def _merged_for_good(wrapper: nn.Module, names: Sequence[str], asked: Sequence[str] | None) -> nn.Module:
     if isinstance(wrapper, TrainableTokensWrapper):
         wrapper = wrapper.token_adapter
     if isinstance(wrapper, ModulesToSaveWrapper):
         chosen = [n for n in names if n in wrapper.modules_to_save]
         return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     while isinstance(wrapper, AdaptedLayer):
-        wrapper.merge(adapter_names=names)
+        wrapper.merge(adapter_names=asked)
         if isinstance(wrapper, AdaptedOutput):
             wrapper.release()
         wrapper.originals = {}

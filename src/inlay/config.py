@@ -45,6 +45,7 @@ class PeftType(str, Enum):
     OFT = "OFT"
     VERA = "VERA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    FUSION = "FUSION"
 
 
 @dataclass(kw_only=True)

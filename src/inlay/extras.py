@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .composed_modules import chosen_copy, run_copies
+from .composition import Block
 from .layer import AdaptedLayer
 from .switch import BASE, Switch
 
@@ -42,15 +44,26 @@ class ModulesToSaveWrapper(nn.Module):
     def current(self) -> nn.Module:
         """Return the copy that is active, or the original."""
         setting = self.switch.now()
+        if setting.composition is not None and setting.enabled:
+            chosen = chosen_copy(setting.composition, self._copies(), self.original_module)
+            if isinstance(chosen, Block):
+                raise ValueError(f"{chosen!r} needs several copies of a module that is read, not called")
+            return chosen
         names = [n for n in setting.active if n in self.modules_to_save] if setting.enabled else []
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy; in a mixed batch, each sample's own."""
         setting = self.switch.now()
+        if setting.composition is not None and setting.enabled and setting.route is None:
+            copies = self._copies()
+            return run_copies(setting.composition, copies, self.original_module, *args, **kwargs)
         if setting.route is None or not setting.enabled:
             return self.current()(*args, **kwargs)
         return self._run_mixed(setting.route, *args, **kwargs)
+
+    def _copies(self) -> dict[str, nn.Module]:
+        return dict(self.modules_to_save.items())
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.shape[0] % len(route):

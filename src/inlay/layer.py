@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .composed import composed_tensors, run_composed
 from .config import PeftConfig
 from .in_weight import InWeight
 from .kernels.autocast import outside_autocast
@@ -58,6 +59,8 @@ class AdaptedLayer(SlottedLayer):
         if self.merged_adapters and not setting.enabled:
             return self._run_with(self.originals, x, *args, **kwargs)
         slots = self.live_slots(setting)
+        if setting.composition is not None and slots:
+            return run_composed(self, setting.composition, x, *args, **kwargs)
         if slots or self.inside is not None:
             return self._run(slots, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
@@ -96,12 +99,16 @@ class AdaptedLayer(SlottedLayer):
         return self.kind.standard and self.store.plain and not hooked and "forward" not in layer.__dict__
 
     def _run_merged(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.check_mergeable(slots)
+        return self._run_with(self.adapted_tensors(slots), x, *args, **kwargs)
+
+    def check_mergeable(self, slots: Sequence[Slot]) -> None:
+        """Raise ValueError where an adapter does something right now that merged weights cannot express."""
         for slot in slots:
             if reason := slot.method.beyond_merge(slot):
                 raise ValueError(
                     f"adapter {slot.name!r} cannot use {reason} here, where it runs through merged weights"
                 )
-        return self._run_with(self.adapted_tensors(slots), x, *args, **kwargs)
 
     def _run_with(self, tensors: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with other weights, leaving it untouched."""
@@ -219,6 +226,8 @@ class AdaptedLayer(SlottedLayer):
                 f"adapter_names is not supported on {type(self.host).__name__} layers whose weight is read, not called"
             )
         slots = self.live_slots(setting)
+        if setting.composition is not None and slots:
+            return composed_tensors(self, setting.composition).get(name, present)
         if self.inside is not None and name == self.kind.param and (w := self.inside.read(slots)) is not None:
             return w
         return self.adapted_tensors(slots).get(name, present) if slots else present
@@ -231,16 +240,26 @@ class AdaptedLayer(SlottedLayer):
         return bool(self.merged_adapters)
 
     def adapted_tensors(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
-        """Return the base layer's parameters as these adapters, in this order, would have them.
+        """Return the base layer's parameters as these adapters, in this order, would have them."""
+
+        def in_order(w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            for slot in slots:
+                w, b = slot.method.merge(slot, w, b)
+            return w, b
+
+        return self.merged_tensors(in_order)
+
+    def merged_tensors(
+        self, merge: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    ) -> dict[str, Tensor]:
+        """Return the base layer's parameters as ``merge(W[..., out, in], b)`` makes them.
 
         Half precision is merged in float32 and rounded once.
         """
         w, b = self.base_matrix(), self.base_bias()
         exact = torch.promote_types(w.dtype, torch.float32)
-        merged_w, merged_b = w.to(exact), b if b is None else b.to(exact)
         with outside_autocast(w):
-            for slot in slots:
-                merged_w, merged_b = slot.method.merge(slot, merged_w, merged_b)
+            merged_w, merged_b = merge(w.to(exact), b if b is None else b.to(exact))
         tensors = {self.kind.param: self.kind.native(merged_w).to(w.dtype)}
         if merged_b is not None:
             tensors[self.kind.bias] = merged_b.to(w.dtype if b is None else b.dtype)
@@ -259,14 +278,16 @@ class AdaptedLayer(SlottedLayer):
         """
         if self.inside is not None:
             self.inside.leave()
-        names = self.setting().active if adapter_names is None else adapter_names
+        setting = self.setting()
+        names = setting.active if adapter_names is None else adapter_names
+        tree = setting.composition if adapter_names is None else None
         slots = [self.slots[n] for n in names if n in self.slots and n not in self.merged_adapters]
         if not slots:
             return
         for slot in slots:
             if slot.owner is not None:  # first, so that the tied weight can be shared again
                 slot.owner.layer.merge(safe_merge, names)
-        tensors = self.adapted_tensors(slots)
+        tensors = self.adapted_tensors(slots) if tree is None else composed_tensors(self, tree)
         if safe_merge and not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {slots[-1].name} seems to be broken"

@@ -108,6 +108,8 @@ class Method:
     """Endings of keys that PEFT's files spell otherwise than the model in memory does."""
     saved_buffers: ClassVar[tuple[str, ...]] = ()
     """Columns of plain tensors that an adapter's file holds beside the parameters."""
+    mixes: ClassVar[bool] = False
+    """Whether the method only mixes what other adapters of a layer do, by ``mix`` instead of the functions below."""
     mergeable: ClassVar[bool] = True
     """Whether ``merge`` exists: an adapter that acts on a module's output by a function of its own cannot be merged."""
     in_weight: ClassVar[bool] = False
@@ -161,6 +163,20 @@ class Method:
             ``indices[2, n]``, rows and columns of the canonical matrix with its leading axes flattened, each pair once; and
             ``values[n]``, with the adapter's gradient.
         """
+        raise NotImplementedError
+
+    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a fusion of several adapters asks by, ``[..., out]``: the output that they act on."""
+        return y
+
+    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what ``after`` adds to y; for methods that only add, without the rounding of a difference."""
+        if self.additive:
+            return self.after(slot, x, y.new_zeros(()).expand_as(y))
+        return self.after(slot, x, y) - y
+
+    def mix(self, slot: Slot, query: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """Return what a method that ``mixes`` adds to the layer's output ``query[..., out]``, given what each adapter adds."""
         raise NotImplementedError
 
     def penalty(self, slots: Sequence[Slot]) -> Tensor | None:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .composed import after_composed
 from .config import PeftConfig
 from .kinds import Output
 from .layer import AdaptedLayer
@@ -57,6 +58,8 @@ class AdaptedOutput(AdaptedLayer):
         x = self._input(args, kwargs)
         if setting.route is not None:
             return _with_first(output, self._through_rows(setting.route, x, y))
+        if setting.composition is not None:
+            return _with_first(output, after_composed(self, setting.composition, x, y, self.after_norm))
         return _with_first(output, self._through(self.live_slots(setting), x, y))
 
     def acts(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .adapted_model import AdaptedModel
+from .choice import is_fusion
+from .composition import Child, divides_rows
 from .config import PeftConfig, TaskType
 from .saved_model import SavedModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -104,8 +106,9 @@ class PeftModel(SavedModel):
             outputs.loss = penalised
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generate with the base model's own ``generate``; ``adapter_names`` as in ``forward``."""
+        """Generate with the base model's own ``generate``; ``adapter_names`` and ``Parallel`` as in ``forward``."""
         with self._routed(adapter_names, args, kwargs):
+            args, kwargs = self.base_model.repeated_inputs(args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
@@ -123,6 +126,13 @@ class PeftModel(SavedModel):
             )
         if unknown := sorted({n for n in names if n != BASE and n not in self.peft_config}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if (block := divides_rows(self.base_model.switch.now().composition)) is not None:
+            raise ValueError(
+                f"adapter_names cannot be used under {block!r}, which says itself which adapter a row goes through; "
+                "call set_adapter with a name first"
+            )
+        if fusions := [n for n in names if n != BASE and is_fusion(self.peft_config[n])]:
+            raise ValueError(f"adapter_names cannot name fusions, such as {fusions[0]!r}; use set_adapter")
         if self.training and torch.is_grad_enabled() and gradient_checkpointing_is_on(self.get_base_model()):
             raise ValueError(
                 "adapter_names cannot be used while training with gradient checkpointing, which runs layers again later"
@@ -198,9 +208,14 @@ class PeftModel(SavedModel):
             adapter_name, self._with_heads(peft_config), low_cpu_mem_usage, autocast_adapter_dtype
         )
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters active (and trainable, unless ``inference_mode``)."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+    def set_adapter(
+        self,
+        adapter_name: Child | Sequence[Child],
+        inference_mode: bool = False,
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        """Make adapters or a composition of them active (and trainable, unless ``inference_mode``); see ``AdaptedModel``."""
+        self.base_model.set_adapter(adapter_name, inference_mode, skip_layers)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; nothing of it stays behind."""

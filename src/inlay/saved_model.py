@@ -14,8 +14,10 @@ from torch import nn
 
 from . import hub
 from .checkpoint import IncompatibleKeys, SavedAdapter, get_peft_model_state_dict, load_peft_weights
+from .choice import is_fusion
 from .config import HUB_ARGUMENTS, PeftConfig
 from .files import adapter_folder, check_folder, read_state, write_state, write_tensors
+from .fusion_files import members_loaded, model_with_fusion, with_members
 from .method import Method
 from .targets import base_name
 from .training.optimizer_state import Change, follow
@@ -44,7 +46,7 @@ class SavedModel(nn.Module):
         Args:
             save_directory: the folder.
             safe_serialization: safetensors, or else a pickle of tensors.
-            selected_adapters: names; all by default.
+            selected_adapters: names; all by default. A fusion's members are saved with it.
             save_embedding_layers: see ``get_peft_model_state_dict``.
             is_main_process: write only there.
             path_initial_model_for_weight_conversion: folder of the adapter as it was before training, to write an adapter whose
@@ -62,6 +64,7 @@ class SavedModel(nn.Module):
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(model.peft_config)} - got {unknown}."
             )
+        names = with_members(names, model)
         states = {
             n: self._packed(
                 n, get_peft_model_state_dict(self, state_dict, n, save_embedding_layers=save_embedding_layers)
@@ -127,7 +130,7 @@ class SavedModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load a saved adapter onto a base model.
+        """Load a saved adapter onto a base model; a fusion brings its members, which are beside it.
 
         Args:
             model: the base model; it is changed in place.
@@ -151,6 +154,16 @@ class SavedModel(nn.Module):
             model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs
         )
         chosen = class_for(saved.config, cast("type[PeftModel]", cls))
+        if is_fusion(saved.config):
+            options = {
+                "is_trainable": is_trainable,
+                "autocast_adapter_dtype": autocast_adapter_dtype,
+                "low_cpu_mem_usage": low_cpu_mem_usage,
+                "key_mapping": key_mapping,
+            }
+            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, **options)
+            fused.set_adapter(adapter_name, inference_mode=not is_trainable)
+            return fused
         frozen = [p for p in model.parameters() if p.requires_grad]
         peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
@@ -190,18 +203,26 @@ class SavedModel(nn.Module):
             model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
         )
         model = cast("PeftModel", self)
+        options = {
+            "is_trainable": is_trainable,
+            "torch_device": torch_device,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+            "key_mapping": key_mapping,
+        }
         new = adapter_name not in model.peft_config
-        if new:
-            model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
-        try:
-            with _fitted(model, adapter_name, saved.config):
-                result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
-                if is_trainable or not new:
-                    self._resume(adapter_name, saved, kwargs)
-        except BaseException:
+        with members_loaded(model, adapter_name, saved, kwargs, **options):
             if new:
-                model.delete_adapter(adapter_name)
-            raise
+                model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
+            try:
+                with _fitted(model, adapter_name, saved.config):
+                    result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
+                    if is_trainable or not new:
+                        self._resume(adapter_name, saved, kwargs)
+            except BaseException:
+                if new:
+                    model.delete_adapter(adapter_name)
+                raise
         if new or is_trainable:
             model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return result

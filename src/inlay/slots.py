@@ -24,6 +24,7 @@ from .config import PeftConfig
 from .kinds import LayerKind
 from .method import Method, Slot
 from .switch import Setting, Switch
+from .targets import block_index
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
@@ -39,6 +40,7 @@ class SlottedLayer(nn.Module):
         super().__init__()
         self.base_layer, self.kind, self.switch = base_layer, kind, switch
         self.slots: dict[str, Slot] = {}
+        self.block: int | None = None  # index of the model's block that the layer is in
         self.merged_adapters: list[str] = []
         self.apart: tuple[int, dict[str, Any]] = (
             -1,
@@ -99,7 +101,7 @@ class SlottedLayer(nn.Module):
             slot.columns.append(column)
             if isinstance(entry, nn.Module):
                 entry.train(self.training)
-        self.slots[name] = slot
+        self.slots[name], self.block = slot, block_index(path)
         return slot
 
     def remove(self, name: str) -> None:
@@ -127,6 +129,8 @@ class SlottedLayer(nn.Module):
     def setting(self) -> Setting:
         """Return the setting that holds for this layer in this thread."""
         setting = self.switch.now()
+        if setting.skip_layers and self.block in setting.skip_layers:
+            return _NOTHING_ON[setting.enabled]
         epoch, changes = self.apart
         return replace(setting, **changes) if epoch == self.switch.epoch else setting
 
@@ -156,7 +160,7 @@ class SlottedLayer(nn.Module):
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         for name in self.slots:
             self.set_requires_grad(name, requires_grad=name in names and not inference_mode)
-        self._set_apart(active=names)
+        self._set_apart(active=names, composition=None)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapters of this layer on or off."""
@@ -196,6 +200,9 @@ class SlottedLayer(nn.Module):
                 self.set_scale(name, 1.0)
             elif name in self.slots and "scaling" in self.slots[name].columns:
                 self.column("scaling")[name] /= scale
+
+
+_NOTHING_ON = {enabled: Setting(enabled=enabled) for enabled in (False, True)}
 
 
 class BufferDict(nn.Module):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .composition import Block
+
 BASE = "__base__"
 """In a route: the sample that runs through the base model alone."""
 
@@ -22,11 +24,15 @@ class Setting:
         active: names of the adapters that are on, in the order in which they act.
         enabled: False runs the base model.
         route: one adapter name for each sample of the batch, for mixed batches.
+        composition: how those that are on act together; None where they simply act in order.
+        skip_layers: blocks of the model whose adapters are off, by their index.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
     route: tuple[str, ...] | None = None
+    composition: Block | None = None
+    skip_layers: frozenset[int] = frozenset()
 
 
 class Switch:

@@ -179,6 +179,16 @@ def _in_layers(path: str, config: Any) -> bool:
     return False
 
 
+def block_index(path: str) -> int | None:
+    """Return the index of the model's block that a module is, or is in: that of the first named list on its path.
+
+    Returns:
+        the index, counted from 0 in an encoder and in a decoder, as ``layers_to_transform`` counts; None outside any list.
+    """
+    block = re.search(r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?:\.|$)", path)
+    return None if block is None else int(block.group(1))
+
+
 def _suggestion(targets: Any, paths: Iterable[str]) -> str:
     """Return a did-you-mean clause for names that match nothing."""
     known = sorted(

@@ -36,11 +36,13 @@ def learning_rate(method: str) -> float:
 
 
 def method_configs() -> dict[str, type]:
-    """Return the configuration class of every registered method by its name on the command line."""
+    """Return the configuration class of every method that stands alone, by its name on the command line."""
     from inlay.method import METHODS, load_built_in
 
     load_built_in()
-    return {name.lower().replace("_", "-"): method.config for name, method in METHODS.items()}
+    return {
+        name.lower().replace("_", "-"): method.config for name, method in METHODS.items() if not method.mixes
+    }
 
 
 def check_method(name: str) -> None:

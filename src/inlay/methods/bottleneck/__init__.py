@@ -153,6 +153,22 @@ class Bottleneck(Method, name="BOTTLENECK"):
         h = self._parallel(slot, x, y) if cast("Any", slot.config).parallel else self._series(slot, x, y)
         return h.to(y.dtype)  # autocast normalises in float32
 
+    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the bottleneck reads: y, the residual x, or what the model makes of both."""
+        config: Any = slot.config
+        if config.parallel or not config.original_ln_before:
+            return x if config.parallel else y
+        norm = _model_norm(slot)
+        return y + x if norm is None else cast("Tensor", norm(y + x))
+
+    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        config: Any = slot.config
+        upon_y = config.parallel or config.residual_before_ln is True or not config.original_ln_before
+        if not upon_y or not config.original_ln_after or config.adapter_residual_before_ln:
+            return super().change(slot, x, y)
+        z, norm = self._change(slot, self.query(slot, x, y)), slot.get("adapter_norm_after")
+        return (z if norm is None else layer_norm(norm, z)).to(y.dtype)
+
     def _parallel(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
         z = self._change(slot, r)
         if (norm := slot.get("adapter_norm_after")) is not None:
