@@ -43,6 +43,9 @@ class PeftType(str, Enum):
     LOKR = "LOKR"
     OFT = "OFT"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
 
 
 @dataclass(kw_only=True)

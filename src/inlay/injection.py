@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
     method_by_name(config.method_name())().complete(settled, model)
-    if settled.target_modules == ALL_LINEAR:
+    if getattr(settled, "target_modules", None) == ALL_LINEAR:
         settled.target_modules = set(_linear_paths(model, places_to_adapt(model, settled), settled.task_type))
     return settled
 
@@ -100,7 +100,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
     warn_of_unused_patterns([_parameter_path(place, param) for place, param in layers], config)
-    method = method_by_name(config.method_name())()
+    method = cast("Method", method_by_name(config.method_name())())
     if not getattr(config, "layer_replication", None):  # which shares weights on purpose
         check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
     return Plan(method, _with_out_projections(known, layers), saved, tokens, tied)
@@ -202,6 +202,17 @@ def inject(
         remove(model, name)
         raise
     return slots
+
+
+def save_whole(model: nn.Module, config: Any, name: str, switch: Switch) -> None:
+    """Give an adapter that adapts no layer its own copies of the modules it saves whole. If it fails, nothing is changed."""
+    known = places(model)
+    try:
+        for path in find_saved(known, getattr(config, "modules_to_save", None) or ()):
+            _save_whole(known[path], name, switch)
+    except BaseException:
+        remove(model, name)
+        raise
 
 
 def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:
