@@ -143,7 +143,7 @@ def output(result: Any) -> Tensor:
     if "logits" in result:
         return result.logits
     if "start_logits" in result:
-        return torch.stack([result.start_logits, result.end_logits])
+        return torch.stack([result.start_logits, result.end_logits], dim=-1)
     return result.last_hidden_state
 
 

@@ -192,14 +192,14 @@ def _holding(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
     """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
     owner_path = names[0].rpartition(".")[0]
-    layer = next(
+    found = (
         m for _, m in _ancestors(model, owner_path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper))
     )
-    device = (
-        layer.kind.device
-        if isinstance(layer, AdaptedLayer)
-        else next(layer.original_module.parameters()).device
-    )
+    layer = next(found, None)  # None: the parameter is a prompt's
+    if isinstance(layer, AdaptedLayer):
+        device = layer.kind.device
+    else:
+        device = value.device if layer is None else next(layer.original_module.parameters()).device
     new = value.to(device, present.dtype)
     if isinstance(present, nn.Parameter):
         new = nn.Parameter(new, requires_grad=present.requires_grad)

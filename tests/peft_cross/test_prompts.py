@@ -141,3 +141,44 @@ def test_zero_is_where_peft_starts_with_it() -> None:
         torch.testing.assert_close(
             output(mine.eval()(**given)), output(theirs.eval()(**given)), atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_saved_by_peft_is_trained_on_where_its_file_is_all(method: str, tmp_path: Path) -> None:
+    theirs = adapted(peft, method, "llama")
+    theirs.save_pretrained(tmp_path)
+    if method in ("p-tuning", "p-tuning-lstm", "prefix-projection"):
+        base = build("llama")
+        before = {k: v.clone() for k, v in base.state_dict().items()}
+        with pytest.raises(inlay.AdapterFileError, match="not the network that computes it"):
+            inlay.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+        assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+        assert all(p.requires_grad for p in base.parameters())
+        assert base.config._attn_implementation == "sdpa"
+        return
+    mine = inlay.PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    given = inputs("llama", labels=True)
+    mine(**given).loss.backward()
+    torch.optim.SGD(mine.prompt_encoder.parameters(), lr=0.1).step()
+    assert not torch.equal(
+        mine.prompt_encoder["default"].embedding.weight, theirs.prompt_encoder["default"].embedding.weight
+    )
+
+
+def test_a_text_starts_a_prompt_as_in_peft(shared: Path) -> None:
+    folder = str(shared / "models" / "stories260K-llama")
+    settings = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "Once upon a time",
+        "tokenizer_name_or_path": folder,
+        "num_virtual_tokens": 20,
+    }
+    started = []
+    for library in (inlay, peft):
+        base = build("llama")
+        base.resize_token_embeddings(512)
+        with torch.no_grad():
+            base.get_input_embeddings().weight.copy_(torch.arange(512.0)[:, None].expand(-1, 16))
+        model = library.get_peft_model(base, configuration(library, "prompt-tuning", "llama", **settings))
+        started.append(model.prompt_encoder["default"].embedding.weight)
+    assert torch.equal(*started) and len(started[0].unique()) > 3

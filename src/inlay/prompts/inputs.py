@@ -18,6 +18,8 @@ from .tokens import Tokens
 
 ANSWERS = ("start_positions", "end_positions")
 """Places in the input that a question answerer is asked for: they move with it."""
+PER_TOKEN = {"inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
+"""What ``generate`` is told of each token."""
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
@@ -86,7 +88,13 @@ def prepare_generation(
         return args[1:], joined
     extended = {**given, "inputs_embeds": own, "attention_mask": mask}
     _put_in_front(tokens, own, extended, not is_encoder_decoder(model), False)
-    if ids is not None and not is_encoder_decoder(model):
+    if is_encoder_decoder(model):
+        return args[1:], extended
+    if bool((mask[:, 0] == 0).any()):
+        padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
+        for name in PER_TOKEN & extended.keys():
+            extended[name] = tokens.behind(padding, extended[name])
+    if ids is not None:
         extended = _lengths_in_new_tokens(model, extended, ids.shape[1]) | {"input_ids": ids}
     return args[1:], extended
 
@@ -233,7 +241,11 @@ def _lengths_in_new_tokens(model: Any, given: dict[str, Any], own: int) -> dict[
         if config is not None:
             setattr(config, kind, getattr(type(config)(), kind))
         if told is not None and all(c is None for c in counted):
-            given[new] = max(told - own, 0 if kind == "min_length" else 1)
+            count = max(told - own, 0 if kind == "min_length" else 1)
+            if config is None:
+                given[new] = count
+            else:  # transformers takes lengths either from a configuration or from arguments
+                setattr(config, new, count)
     return given
 
 

@@ -72,7 +72,7 @@ class Shift:
             return (), given
         by = shift[0] if isinstance(shift, tuple) else shift
         if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + by
+            given["position_ids"] = _moved(given["position_ids"], by)
         else:
             given[PAST] = given.get(PAST, 0) + by
             if isinstance(mask, Tensor) and mask.dim() == 2:  # OPT counts what the mask shows
@@ -107,10 +107,11 @@ def cached_length(cache: Any) -> Any:
 
 def _moved(ids: Tensor, shift: int | tuple[int, ...]) -> Tensor:
     if isinstance(shift, int):
-        return ids + shift
-    by = torch.tensor(shift, device=ids.device)
-    rows = len(ids) if len(ids) > 1 else len(shift)
-    return ids + by.repeat_interleave(max(rows // len(shift), 1))[:, None]
+        moved = ids + shift
+    else:
+        rows = len(ids) if len(ids) > 1 else len(shift)
+        moved = ids + torch.tensor(shift, device=ids.device).repeat_interleave(rows // len(shift))[:, None]
+    return torch.where(ids < 0, ids, moved)  # OPT gives padding a position below 0
 
 
 def _counted(module: nn.Module, given: dict[str, Any]) -> Tensor:

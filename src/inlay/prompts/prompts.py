@@ -52,12 +52,9 @@ class Prompts:
         Raises:
             ValueError: the prompt cannot be put in front of this model's inputs.
         """
-        if any(parameter.device.type == "meta" for parameter in model.parameters()):
-            raise ValueError("prompt adapters need a model with values, and this one is on the meta device")
-        encoder = method.build(model, config)
-        if initialise and not config.inference_mode:
+        encoder, place = method.build(model, config), _some_parameter(model)
+        if initialise and not config.inference_mode and place.device.type != "meta":
             method.init(encoder, model, config)
-        place = _some_parameter(model)
         encoder.to(place.device)
         if not full_precision and place.is_floating_point():
             encoder.to(place.dtype)

@@ -71,11 +71,29 @@ class Tokens:
         joined = torch.cat([virtual.to(own.dtype), own + self.count], dim=1)
         return joined if self.empty is None else (joined - self.empty[:, None]).clamp(min=0)
 
+    def behind(self, padding: Tensor, joined: Tensor) -> Tensor:
+        """Move the padding of own tokens from behind the virtual tokens in ``joined[batch, n + t, ...]`` to the left of them.
+
+        In between it would push the virtual tokens out of a sliding window.
+
+        Args:
+            padding: for each sample, how many of its own tokens are padding, on the left.
+            joined: virtual tokens, then own ones.
+        """
+        place, by = torch.arange(joined.shape[1], device=joined.device), padding[:, None]
+        source = torch.where(
+            place < by, place + self.count, torch.where(place < by + self.count, place - by, place)
+        )
+        return _picked(joined, source)
+
     def settled(self, joined: Tensor) -> Tensor:
         """Move what fills up from the left end of ``joined[batch, n + t, ...]`` to the right one."""
         if self.empty is None:
             return joined
         length = joined.shape[1]
-        index = (torch.arange(length, device=joined.device) + self.empty[:, None]) % length
-        index = index.reshape(*index.shape, *[1] * (joined.dim() - 2)).expand_as(joined)
-        return joined.gather(1, index)
+        return _picked(joined, (torch.arange(length, device=joined.device) + self.empty[:, None]) % length)
+
+
+def _picked(joined: Tensor, source: Tensor) -> Tensor:
+    """Return the entries of ``joined[batch, m, ...]`` in the order ``source[batch, m]``."""
+    return joined.gather(1, source.reshape(*source.shape, *[1] * (joined.dim() - 2)).expand_as(joined))
