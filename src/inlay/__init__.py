@@ -22,6 +22,7 @@ _WHERE = {
     "inits": "EvaConfig LoftQConfig",
     "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "inits.loftq_replace": "replace_lora_weights_loftq",
+    "input_method": "InputMethod",
     "kbit": "prepare_model_for_kbit_training",
     "layer": "AdaptedLayer",
     "method": "METHODS Method Slot",
@@ -36,10 +37,14 @@ _WHERE = {
     "methods.lokr": "LoKrConfig",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
     "methods.oft": "OFTConfig",
+    "methods.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+    "methods.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    "methods.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     "methods.shira": "ShiraConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
     "methods.vera": "VeraConfig",
     "peft_model": "PeftModel",
+    "prompts.config": "PromptLearningConfig",
     "ranks": "draw_ranks rank_report write_rank_report",
     "methods.shira.calibration": "calibrate_shira",
     "methods.shira.overlap": "MaskOverlap ShiraOverlap shira_overlap",
@@ -121,6 +126,7 @@ if TYPE_CHECKING:
     from .inits.eva import get_eva_state_dict as get_eva_state_dict
     from .inits.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from .inits.loftq_replace import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from .input_method import InputMethod as InputMethod
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .layer import AdaptedLayer as AdaptedLayer
     from .method import METHODS as METHODS
@@ -140,6 +146,14 @@ if TYPE_CHECKING:
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
     from .methods.oft import OFTConfig as OFTConfig
+    from .methods.p_tuning import PromptEncoder as PromptEncoder
+    from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .methods.prefix_tuning import PrefixEncoder as PrefixEncoder
+    from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .methods.prompt_tuning import PromptEmbedding as PromptEmbedding
+    from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .methods.shira import ShiraConfig as ShiraConfig
     from .methods.shira.calibration import calibrate_shira as calibrate_shira
     from .methods.shira.overlap import MaskOverlap as MaskOverlap
@@ -148,6 +162,7 @@ if TYPE_CHECKING:
     from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .methods.vera import VeraConfig as VeraConfig
     from .peft_model import PeftModel as PeftModel
+    from .prompts.config import PromptLearningConfig as PromptLearningConfig
     from .ranks import draw_ranks as draw_ranks
     from .ranks import rank_report as rank_report
     from .ranks import write_rank_report as write_rank_report

@@ -14,12 +14,14 @@ from .composition import Block, Child, beyond_weights
 from .config import PeftConfig
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
-from .injection import inject, remove, resolve
+from .injection import inject, remove, resolve, save_whole
+from .input_method import InputMethod
 from .kinds import Conv1D
 from .layer import AdaptedLayer
-from .method import Method, Slot
+from .method import Method, Slot, method_by_name
 from .output_layer import AdaptedOutput, not_linear
 from .parallel_inputs import copies_for, repeated
+from .prompts.prompts import Prompts
 from .replication import replicate_layers
 from .switch import Switch
 from .tied import note_untied
@@ -54,12 +56,14 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.model = model
         self._wrapped: list[nn.Module] | None = None  # the wrappers of the model, until they change
-        self.methods: dict[str, Method] = {}  # of each adapter
+        self.methods: dict[str, Method] = {}  # of each adapter that sits on layers
         present = next((w for _, w in wrappers(model)), None)
         self.switch: Switch = Switch() if present is None else _switch_of(present)
-        self.peft_config: dict[str, PeftConfig] = (
-            dict(getattr(model, "peft_config", {})) if present is not None else {}
-        )
+        self.prompts = Prompts(self.switch)  # the adapters that act on the model's inputs
+        carried = getattr(model, "peft_config", {}) if present is not None else {}
+        self.peft_config: dict[str, PeftConfig] = {
+            name: config for name, config in carried.items() if not config.is_prompt_learning
+        }
         self.methods = {name: next(self.own_slots(name)).method for name in self.peft_config}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
@@ -111,25 +115,33 @@ class AdaptedModel(nn.Module):
             p.requires_grad_(False)
         try:
             self._wrapped = None
-            slots = inject(
-                self.model,
-                config,
-                name,
-                self.switch,
-                initialise=not low_cpu_mem_usage,
-                full_precision=autocast_adapter_dtype,
-            )
+            self._set_in(name, config, not low_cpu_mem_usage, autocast_adapter_dtype)
         except BaseException:
             for p in trainable:
                 p.requires_grad_(True)
             raise
-        if hasattr(config, "fan_in_fan_out"):  # other readers of the file take the layout from it
-            config.fan_in_fan_out = any(isinstance(slot.kind, Conv1D) for slot in slots)
-        self.peft_config[name], self.methods[name] = config, slots[0].method
+        self.peft_config[name] = config
         if len(self.peft_config) == 1:
             self.set_adapter(name, inference_mode=config.inference_mode)
         else:
             self.set_requires_grad(name, requires_grad=False)
+
+    def _set_in(self, name: str, config: Any, initialise: bool, full_precision: bool) -> None:
+        method = method_by_name(config.method_name())()
+        if isinstance(method, InputMethod):
+            save_whole(self.model, config, name, self.switch)
+            try:
+                self.prompts.add(self.model, name, method, config, initialise, full_precision)
+            except BaseException:
+                remove(self.model, name)
+                raise
+            return
+        slots = inject(
+            self.model, config, name, self.switch, initialise=initialise, full_precision=full_precision
+        )
+        if hasattr(config, "fan_in_fan_out"):  # other readers of the file take the layout from it
+            config.fan_in_fan_out = any(isinstance(slot.kind, Conv1D) for slot in slots)
+        self.methods[name] = slots[0].method
 
     def set_adapter(
         self,
@@ -183,6 +195,8 @@ class AdaptedModel(nn.Module):
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield every parameter that is trained with an adapter."""
+        if name in self.prompts:
+            yield from self.prompts.parameters(name)
         for slot in self.slots(name):
             yield from slot.parameters().values()
         for module in self.saved_modules():
@@ -244,7 +258,11 @@ class AdaptedModel(nn.Module):
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
         self._wrapped = None
-        del self.peft_config[adapter_name], self.methods[adapter_name]
+        del self.peft_config[adapter_name]
+        if adapter_name in self.prompts:
+            self.prompts.remove(adapter_name)
+        else:
+            del self.methods[adapter_name]
         setting = self.switch.setting
         if adapter_name not in setting.active and setting.composition is not None:
             return
@@ -296,9 +314,8 @@ class AdaptedModel(nn.Module):
     def penalised(self) -> bool:
         """Whether an active adapter's method may add to the loss."""
         setting = self.switch.now()
-        return setting.enabled and any(
-            type(self.methods[n]).penalty is not Method.penalty for n in setting.active
-        )
+        methods = (self.methods[n] for n in setting.active if n in self.methods)
+        return setting.enabled and any(type(m).penalty is not Method.penalty for m in methods)
 
     def penalty(self) -> Tensor | float:
         """Return what the active adapters add to the training loss, 0-d; 0.0 where they add nothing.
@@ -306,7 +323,8 @@ class AdaptedModel(nn.Module):
         ``PeftModel.forward`` adds it to ``outputs.loss`` in training; a loop that computes the loss itself adds it there.
         """
         total: Tensor | float = 0.0
-        for name in self.switch.now().active if self.penalised else ():
+        active = self.switch.now().active if self.penalised else ()
+        for name in (n for n in active if n in self.methods):
             term = self.methods[name].penalty(list(self.own_slots(name)))
             total = total if term is None else total + term
         return total
@@ -316,7 +334,9 @@ class AdaptedModel(nn.Module):
         return [
             name
             for name in self.active_adapters
-            if self.methods[name].steps() and any(p.requires_grad for p in self.adapter_parameters(name))
+            if name in self.methods
+            and self.methods[name].steps()
+            and any(p.requires_grad for p in self.adapter_parameters(name))
         ]
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -339,14 +359,20 @@ class AdaptedModel(nn.Module):
         for name in names:
             self.methods[name].step(list(self.own_slots(name)), global_step)
 
+    def remembered(self, name: str) -> dict[str, Tensor]:
+        """Return what an adapter needs beside its values so that its training can go on; empty where that is nothing."""
+        if name in self.prompts:
+            return self.prompts.state(name)
+        return self.methods[name].state(list(self.own_slots(name)))
+
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones by default) into the base weights; ``unmerge_adapter`` undoes it exactly.
 
         Raises:
-            ValueError: an adapter is unknown, its method has no merged form, base layers are shared by ``layer_replication``,
-                or ``safe_merge`` found weights that are not finite. Nothing is merged then.
+            ValueError: an adapter is unknown, a prompt, or of a method without a merged form; base layers are shared by
+                ``layer_replication``; or ``safe_merge`` found weights that are not finite. Nothing is merged then.
         """
         self._check_mergeable(adapter_names)
         done: list[AdaptedLayer] = []
@@ -401,6 +427,7 @@ class AdaptedModel(nn.Module):
         return self._bare()
 
     def _bare(self) -> nn.Module:
+        self.prompts.clear()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         note_untied(self.model)
@@ -419,7 +446,13 @@ class AdaptedModel(nn.Module):
                     "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
                 )
             self._check_not_merged(f"merging {tree!r}")
-        for name in setting.active if adapter_names is None else adapter_names:
+        wanted = setting.active if adapter_names is None else adapter_names
+        if prompts := [name for name in wanted if name in self.prompts]:
+            raise ValueError(
+                f"adapters {prompts} act on the model's inputs, so they cannot be merged into its weights; name others in "
+                "adapter_names, or activate others with set_adapter"
+            )
+        for name in wanted:
             if not self.methods[name].mergeable:
                 raise ValueError(not_linear(name, self.methods[name]))
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):

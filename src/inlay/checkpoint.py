@@ -3,6 +3,8 @@
 in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_model.model.h.0.attn.lora_A.weight
             base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
             base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
+            prompt_encoder.default.embedding.weight                       prompt_embeddings
+            (a prompt's) base_model.model.head.modules_to_save.default.bias          base_model.head.bias
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
 from .method import Slot
+from .prompts.encoder import PromptModule
 from .slots import BufferDict
 from .targets import embedding_ends, model_config
 from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
@@ -33,6 +36,8 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""
 WHOLE_EMBEDDING = (".base_layer.weight", *(f"{name}.weight" for name in EMBEDDINGS))
 """Endings of the keys of such embeddings."""
+PROMPT = "prompt_embeddings"
+"""The key of a prompt: of its embedding, or of what its network computes."""
 
 
 class IncompatibleKeys(NamedTuple):
@@ -68,16 +73,39 @@ def get_peft_model_state_dict(
     keys = disk_keys(model, adapter_name)
     for name in _embedding_keys(model, adapter_name, save_embedding_layers):
         keys.setdefault(name, name)
-    shared = _shared_tensors(_first_slot(model, adapter_name))
+    beside = _shared_tensors(_first_slot(model, adapter_name)) | _computed_prompt(
+        model, adapter_name, state_dict
+    )
     if state_dict is None:
         live = _tensors(model) | _before_merging(model)
         live |= {
             name: layer.inside.base() for name, layer in _holding(model) if name in keys and layer.inside
         }
-        return {disk: live[memory].detach() for memory, disk in keys.items()} | shared
+        return {disk: live[memory].detach() for memory, disk in keys.items()} | beside
     if lacking := sorted(keys.keys() - state_dict.keys()):
         raise AdapterFileError(f"the given state_dict lacks {lacking} of adapter {adapter_name!r}")
-    return {disk: state_dict[memory] for memory, disk in keys.items()} | shared
+    return {disk: state_dict[memory] for memory, disk in keys.items()} | beside
+
+
+def _computed_prompt(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return what the network of a prompt adapter computes, under its key on disk; empty where there is no network."""
+    network = prompt_network(model, name)
+    if network is None:
+        return {}
+    start = f"prompt_encoder.{name}."
+    values = {k.removeprefix(start): v for k, v in (state_dict or {}).items() if k.startswith(start)}
+    return {PROMPT: network.saved(values)}
+
+
+def prompt_network(model: nn.Module, name: str) -> PromptModule | None:
+    """Return the network that computes an adapter's prompt, None where there is none."""
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, AdaptedModel) or name not in base.prompts:
+        return None
+    encoder = base.prompts.encoder(name)
+    return encoder if encoder.computes else None
 
 
 def set_peft_model_state_dict(
@@ -101,8 +129,13 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: there is no such adapter.
-        RuntimeError: a tensor has another shape than its parameter.
+        AdapterFileError: a tensor has another shape than its parameter, or a prompt is computed by a network.
     """
+    if PROMPT in peft_model_state_dict and prompt_network(model, adapter_name) is not None:
+        raise AdapterFileError(
+            f"the prompt of adapter {adapter_name!r} is computed by a network, which the state does not hold; load the adapter's "
+            "folder with load_adapter instead"
+        )
     keys = disk_keys(model, adapter_name)
     first = _first_slot(model, adapter_name)
     shared = {key: peft_model_state_dict.get(key) for key in _shared_keys(first)}
@@ -168,14 +201,14 @@ def _holding(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 def _replace(model: nn.Module, names: list[str], present: Tensor, value: Tensor) -> None:
     """Put a tensor in place of a parameter on the meta device, under every name that it has, on the device of its layer."""
     owner_path = names[0].rpartition(".")[0]
-    layer = next(
+    found = (
         m for _, m in _ancestors(model, owner_path) if isinstance(m, (AdaptedLayer, ModulesToSaveWrapper))
     )
-    device = (
-        layer.kind.device
-        if isinstance(layer, AdaptedLayer)
-        else next(layer.original_module.parameters()).device
-    )
+    layer = next(found, None)  # None: the parameter is a prompt's
+    if isinstance(layer, AdaptedLayer):
+        device = layer.kind.device
+    else:
+        device = value.device if layer is None else next(layer.original_module.parameters()).device
     new = value.to(device, present.dtype)
     if isinstance(present, nn.Parameter):
         new = nn.Parameter(new, requires_grad=present.requires_grad)
@@ -205,6 +238,8 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     if adapter_name not in configs:
         raise ValueError(f"Adapter {adapter_name} not found. There are: {sorted(configs)}")
     keys: dict[str, str] = {}
+    if configs[adapter_name].is_prompt_learning and prompt_network(model, adapter_name) is None:
+        keys[f"prompt_encoder.{adapter_name}.embedding.weight"] = PROMPT
     for path, wrapper in wrappers(bare):
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
             slot = wrapper.slots[adapter_name]
@@ -217,8 +252,9 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
                     f"{prefix}{path}.{disk}"
                 )
         elif isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            start = "base_model." if configs[adapter_name].is_prompt_learning else prefix
             for name in wrapper.modules_to_save[adapter_name].state_dict():
-                keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{prefix}{path}.{name}"
+                keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{start}{path}.{name}"
     keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
     outputs = [f"{prefix}{path}" for path in adapted_outputs(bare)]
     return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
@@ -378,11 +414,14 @@ class SavedAdapter:
             AdapterFileError: tensors are missing, unknown, or of another shape; nothing is changed then.
         """
         expected = {*disk_keys(model, name).values(), *_shared_keys(_first_slot(model, name))}
-        missing = sorted(expected - self.tensors.keys())
+        tensors = dict(self.tensors)
+        if prompt_network(model, name) is not None:  # which comes from a file of its own
+            tensors.pop(PROMPT, None)
+        missing = sorted(expected - tensors.keys())
         twins = tuple(_twin_paths(model, name))
         unexpected = sorted(
             key
-            for key in self.tensors.keys() - expected
+            for key in tensors.keys() - expected
             if not key.endswith(WHOLE_EMBEDDING) and not key.startswith(twins)
         )
         if missing or unexpected:
@@ -391,7 +430,7 @@ class SavedAdapter:
                 f"{_some(unexpected)} "
                 "that the model does not know: is it an adapter of another base model, or was another configuration passed?"
             )
-        return set_peft_model_state_dict(model, self.tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        return set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def _some(names: Sequence[str]) -> str:

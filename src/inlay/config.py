@@ -46,6 +46,9 @@ class PeftType(str, Enum):
     VERA = "VERA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     FUSION = "FUSION"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
 
 
 @dataclass(kw_only=True)

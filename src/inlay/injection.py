@@ -41,7 +41,7 @@ def resolve(model: nn.Module, config: PeftConfig) -> Any:
     """Return a copy of a configuration with default targets and "all-linear" spelled out for this model."""
     settled: Any = replace(config)
     method_by_name(config.method_name())().complete(settled, model)
-    if settled.target_modules == ALL_LINEAR:
+    if getattr(settled, "target_modules", None) == ALL_LINEAR:
         settled.target_modules = set(_linear_paths(model, places_to_adapt(model, settled), settled.task_type))
     return settled
 
@@ -73,7 +73,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
         if any(s in place.inside or s is place.module for s in (p.module for p in saved))
     ]
     blocked = {place.path for place in inside_saved}
-    method = method_by_name(config.method_name())()
+    method = cast("Method", method_by_name(config.method_name())())
     sites = method.sites(config, model, known)
     if sites is not None:
         sites = [site for site in sites if site.place.path not in blocked]
@@ -213,6 +213,17 @@ def inject(
         remove(model, name)
         raise
     return slots
+
+
+def save_whole(model: nn.Module, config: Any, name: str, switch: Switch) -> None:
+    """Give an adapter that adapts no layer its own copies of the modules it saves whole. If it fails, nothing is changed."""
+    known = places(model)
+    try:
+        for path in find_saved(known, getattr(config, "modules_to_save", None) or ()):
+            _save_whole(known[path], name, switch)
+    except BaseException:
+        remove(model, name)
+        raise
 
 
 def _settle(slot: Slot, initialise: bool, full_precision: bool) -> None:

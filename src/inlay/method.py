@@ -23,11 +23,12 @@ from .targets import default_targets
 
 if TYPE_CHECKING:
     from .config import PeftConfig
+    from .input_method import InputMethod
     from .kinds import LayerKind
     from .layer import AdaptedLayer
     from .walk import Place, Site
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: dict[str, type[Method] | type[InputMethod]] = {}
 """Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""
 
 Column = nn.Module | nn.Parameter | Tensor | float | int | bool | None
@@ -294,8 +295,8 @@ class Method:
         return cls.step is not Method.step
 
 
-def method_by_name(name: str) -> type[Method]:
-    """Return a registered method.
+def method_by_name(name: str) -> type[Method] | type[InputMethod]:
+    """Return a registered method, of layers or of inputs.
 
     Raises:
         ValueError: there is none of this name.

@@ -14,6 +14,7 @@ from .adapted_model import AdaptedModel
 from .choice import is_fusion
 from .composition import Child, divides_rows
 from .config import PeftConfig, TaskType
+from .prompts.inputs import active_prompt, at_every_step, prepare, prepare_generation
 from .saved_model import SavedModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .switch import BASE
@@ -56,6 +57,7 @@ class PeftModel(SavedModel):
         super().__init__()
         config = self._with_heads(peft_config)
         self.base_model = AdaptedModel(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.prompt_encoder = self.base_model.prompts.encoders
         cast("Any", model).peft_config = self.peft_config
         if gradient_checkpointing_is_on(model):
             let_gradients_through_inputs(model)
@@ -87,6 +89,7 @@ class PeftModel(SavedModel):
             ValueError: ``adapter_names`` has another length than the batch, or names an adapter that is not loaded.
         """
         with self._routed(adapter_names, args, kwargs):
+            args, kwargs = prepare(self.base_model.prompts, self.get_base_model(), args, kwargs)
             outputs = self.base_model(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and self.base_model.penalised:
                 self._add_penalty(outputs)
@@ -107,9 +110,12 @@ class PeftModel(SavedModel):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the base model's own ``generate``; ``adapter_names`` and ``Parallel`` as in ``forward``."""
-        with self._routed(adapter_names, args, kwargs):
+        prompts, base = self.base_model.prompts, cast("Any", self.get_base_model())
+        with self._routed(adapter_names, args, kwargs), at_every_step(prompts, base, kwargs) as repeated:
             args, kwargs = self.base_model.repeated_inputs(args, kwargs)
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+            if not repeated:
+                args, kwargs = prepare_generation(prompts, base, args, kwargs)
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def _routed(
@@ -246,6 +252,18 @@ class PeftModel(SavedModel):
     def get_model_status(self) -> TunerModelStatus:
         """Return the state of the model as a whole."""
         return get_model_status(self)
+
+    def get_prompt(self, batch_size: int) -> Any:
+        """Return what the active prompt adapter puts in front of a batch, as PEFT does.
+
+        Returns:
+            virtual tokens ``[batch, n, d]``, an expanded view; or, of prefix tuning, a transformers ``DynamicCache`` with the
+            virtual keys and values ``[batch, heads, n, d]`` of each layer.
+
+        Raises:
+            ValueError: no prompt adapter is active.
+        """
+        return active_prompt(self.base_model.prompts, batch_size)
 
     # ------------------------------------------------------------------ gradient checkpointing
 

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from . import hub
-from .checkpoint import IncompatibleKeys, SavedAdapter, get_peft_model_state_dict, load_peft_weights
+from .checkpoint import (
+    IncompatibleKeys,
+    SavedAdapter,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    prompt_network,
+)
 from .choice import is_fusion
 from .config import HUB_ARGUMENTS, PeftConfig
 from .files import adapter_folder, check_folder, read_state, write_state, write_tensors
@@ -85,15 +91,14 @@ class SavedModel(nn.Module):
             target.mkdir(parents=True, exist_ok=True)
             write_tensors(target, tensors, safe_serialization)
             config.save_pretrained(target)
-            slots = list(model.base_model.own_slots(name))
-            write_state(target, model.base_model.methods[name].state(slots))
+            write_state(target, model.base_model.remembered(name))
             hub.write_model_card(target, config)
 
     def _packed(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Let an adapter's method have the last word on what its file holds of each layer."""
         model = cast("PeftModel", self)
-        method = model.base_model.methods[name]
-        if type(method).pack is Method.pack:
+        method = model.base_model.methods.get(name)
+        if method is None or type(method).pack is Method.pack:
             return tensors
         for path, layer in adapted_layers(model.get_base_model()):
             slot = layer.slots.get(name)
@@ -167,9 +172,7 @@ class SavedModel(nn.Module):
         frozen = [p for p in model.parameters() if p.requires_grad]
         peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
-            saved.put_into(peft_model, adapter_name, low_cpu_mem_usage)
-            if is_trainable:
-                peft_model._resume(adapter_name, saved, kwargs)
+            peft_model._put(adapter_name, saved, low_cpu_mem_usage, is_trainable, kwargs)
         except BaseException:
             peft_model.delete_adapter(adapter_name)
             peft_model.unload()
@@ -216,9 +219,8 @@ class SavedModel(nn.Module):
                 model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
             try:
                 with _fitted(model, adapter_name, saved.config):
-                    result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
-                    if is_trainable or not new:
-                        self._resume(adapter_name, saved, kwargs)
+                    resume = is_trainable or not new
+                    result = self._put(adapter_name, saved, low_cpu_mem_usage, resume, kwargs)
             except BaseException:
                 if new:
                     model.delete_adapter(adapter_name)
@@ -227,12 +229,22 @@ class SavedModel(nn.Module):
             model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return result
 
-    def _resume(self, name: str, saved: SavedAdapter, kwargs: dict[str, Any]) -> None:
-        """Take up what the adapter's method remembered when it was saved, where it remembers anything."""
+    def _put(
+        self, name: str, saved: SavedAdapter, low_cpu_mem_usage: bool, resume: bool, kwargs: dict[str, Any]
+    ) -> IncompatibleKeys:
+        """Set an adapter's values and take up what it remembered when it was saved, where it remembers anything."""
         adapted = cast("PeftModel", self).base_model
-        if adapted.methods[name].steps():
-            hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS or k == "subfolder"}
+        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS or k == "subfolder"}
+        network = prompt_network(self, name)
+        if network is not None:
+            remembered = read_state(saved.origin, **hub)
+            adapted.prompts.check_state(name, remembered, saved.origin)
+        result = saved.put_into(self, name, low_cpu_mem_usage)
+        if network is not None:
+            network.load_state_dict(remembered)
+        elif resume and name in adapted.methods and adapted.methods[name].steps():
             adapted.methods[name].load_state(list(adapted.own_slots(name)), read_state(saved.origin, **hub))
+        return result
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""
@@ -246,6 +258,9 @@ class SavedModel(nn.Module):
 @contextmanager
 def _fitted(model: PeftModel, name: str, config: PeftConfig) -> Iterator[None]:
     """Give an adapter the shapes of a saved configuration for values loaded inside; undone if that fails."""
+    if name not in model.base_model.methods:  # a prompt, which has no shapes to fit
+        yield
+        return
     method, own = model.base_model.methods[name], model.peft_config[name]
     slots = list(model.base_model.own_slots(name))
     before = [(slot, {column: slot[column] for column in slot.columns}) for slot in slots]

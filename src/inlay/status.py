@@ -63,6 +63,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             found.append(_layer_status(f"{prefix}{path}", wrapper))
         elif isinstance(wrapper, ModulesToSaveWrapper):
             found.append(_saved_status(f"{prefix}{path}", wrapper))
+    base = getattr(model, "base_model", None)
+    if isinstance(base, AdaptedModel) and len(base.prompts.encoders):
+        encoders = {name: list(e.parameters()) for name, e in base.prompts.encoders.items()}
+        found.append(_status("prompt_encoder", "PromptModule", base.switch.now(), [], encoders))
     if not found:
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have adapters injected."

@@ -70,6 +70,10 @@ def inject_adapter_in_model(
     Raises:
         ValueError: the configuration does not fit the model, which is then unchanged.
     """
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            "a prompt acts on what the whole model is called with, so it cannot be injected into it; use get_peft_model"
+        )
     if state_dict is not None:
         found = {key[: key.index(".lora_")] for key in state_dict if ".lora_" in key}
         peft_config = replace(

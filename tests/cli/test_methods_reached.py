@@ -20,6 +20,10 @@ OPTIONS: dict[str, list[Any]] = {
     "adalora": ["--method.init-r", 3, "--method.target-r", 2],
     "shira": ["--method.r", 1],
     "oft": ["--method.oft-block-size", 4],
+    "p-tuning": ["--method.num-virtual-tokens", 3],
+    "p-tuning-v2": ["--method.num-virtual-tokens", 3],
+    "prefix-tuning": ["--method.num-virtual-tokens", 3, "--method.prefix-projection", "true"],
+    "prompt-tuning": ["--method.num-virtual-tokens", 3, "--method.prompt-tuning-init", "SAMPLE_VOCAB"],
 }
 """What a method needs besides its defaults on models this small."""
 

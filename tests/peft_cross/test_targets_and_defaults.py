@@ -110,7 +110,7 @@ def test_whoever_calls_peft_can_call_inlay(mine: Any, theirs: Any) -> None:
 
 def test_public_names_are_those_of_peft() -> None:
     own = {
-        "AdaptedLayer", "AdaptedModel", "AdapterFileError", "METHODS", "Method", "Slot", "__version__",
+        "AdaptedLayer", "AdaptedModel", "AdapterFileError", "InputMethod", "METHODS", "Method", "Slot", "__version__",
         "BitFitConfig", "MaskOverlap", "ShiraOverlap", "calibrate_shira", "shira_overlap",
         "draw_ranks", "rank_report", "write_rank_report", "RDropLoss", "rdrop_repeat",
         "FreezeReport", "TrainableParamsCheckpoint", "freeze_delta", "freeze_from_config", "freeze_modules",

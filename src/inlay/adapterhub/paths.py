@@ -42,7 +42,9 @@ def exit_of(at: str, found: list[Found]) -> str:
     """
     ending = next((ending for ending in PARTS if at.endswith(ending)), None)
     if ending is None:
-        raise AdapterFileError(f"adapters at {at!r} are not known; known are modules ending in {sorted(PARTS)}")
+        raise AdapterFileError(
+            f"adapters at {at!r} are not known; known are modules ending in {sorted(PARTS)}"
+        )
     block, part = at.removesuffix(ending), PARTS[ending]
     while block:
         for sublayer in found:

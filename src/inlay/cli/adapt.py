@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
 
 import inlay
-from inlay.method import method_by_name
+from inlay.method import Method, method_by_name
 from inlay.targets import HEADS
 
 from . import catalogue
@@ -53,7 +53,8 @@ def _choose_targets(model: nn.Module, config: Any, heads: Sequence[str]) -> None
     """Name the layers to adapt where neither the user nor the method's own table for this type of model does."""
     if getattr(config, "target_modules", "") is not None or getattr(config, "target_parameters", None):
         return
-    if not method_by_name(config.method_name())().default_targets(config, model, required=False):
+    method = cast("Method", method_by_name(config.method_name())())  # input methods have no targets
+    if not method.default_targets(config, model, required=False):
         config.target_modules = fallback_targets(model, heads)
 
 

@@ -17,6 +17,13 @@ BASELINES = {
 }
 FIXED: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}}
 """Options that make a method out of another method's configuration."""
+OTHER_NAMES = {
+    "p-tuning-v2": (
+        "PREFIX_TUNING",
+        "P-Tuning v2: a prefix on every layer, also of encoders with a head. Liu et al. 2022, https://arxiv.org/abs/2110.07602.",
+    )
+}
+"""Names of a registered method in another paper, and what it says there."""
 
 SET_BY_THE_RUN = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -40,9 +47,12 @@ def method_configs() -> dict[str, type]:
     from inlay.method import METHODS, load_built_in
 
     load_built_in()
-    return {
-        name.lower().replace("_", "-"): method.config for name, method in METHODS.items() if not method.mixes
+    configs: dict[str, type] = {
+        name.lower().replace("_", "-"): method.config
+        for name, method in METHODS.items()
+        if not getattr(method, "mixes", False)
     }
+    return configs | {name: METHODS[method].config for name, (method, _) in OTHER_NAMES.items()}
 
 
 def check_method(name: str) -> None:
@@ -86,6 +96,8 @@ def summary(name: str) -> str:
     """Return what a method is, in one line: the first of its file."""
     if name in BASELINES:
         return BASELINES[name]
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name][1]
     from inlay.method import METHODS
 
     module = sys.modules[METHODS[name.upper().replace("-", "_")].__module__]

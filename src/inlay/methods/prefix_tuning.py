@@ -1,0 +1,144 @@
+"""Prefix tuning: train virtual keys and values in every layer. Li & Liang 2021, https://arxiv.org/abs/2101.00190.
+
+    softmax(q [P_K; K]^T) [P_V; V]        K, V[..., heads, t, d], P_K, P_V[heads, n, d] of each layer
+    P = X                                 X[n, 2 layers heads d] trained
+    P = W2 tanh(W1 X + b1) + b2           with prefix_projection, X[n, heads d]; the paper's way, steadier on small data
+
+On every layer of any model, encoders with a classification head too, this is P-Tuning v2 (Liu et al. 2021,
+https://arxiv.org/abs/2110.07602). It does not start as the identity: the prefix takes part of the attention even where it is
+zero (``init_weights="zero"``). The file holds P alone; the network of a projection stands in a second file beside it.
+Authors' code: https://github.com/XiangLi1999/PrefixTuning, https://github.com/THUDM/P-tuning-v2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..config import PeftType
+from ..input_method import InputMethod
+from ..prompts.config import PromptLearningConfig, settle_common, text_config
+from ..prompts.encoder import PromptModule
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PromptLearningConfig):
+    """Configuration of prefix tuning and P-Tuning v2.
+
+    Args:
+        prefix_projection: compute the prefix by a network of two layers.
+        encoder_hidden_size: width of that network; ``token_dim`` by default.
+        init_weights: None, or "zero": the prefix starts at zero.
+
+    Raises:
+        ValueError: ``init_weights`` is unknown.
+    """
+
+    peft_type: PeftType | str | None = PeftType.PREFIX_TUNING
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"init_weights={self.init_weights!r} is unknown; it is None or 'zero'")
+
+
+class PrefixEncoder(PromptModule):
+    """The virtual keys and values of one adapter, ``[n, 2 layers token_dim]``, and the network that computes them."""
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        d, out = int(config.token_dim or 0), 2 * int(config.num_layers or 0) * int(config.token_dim or 0)
+        projected = config.prefix_projection and not config.inference_mode
+        super().__init__(int(config.num_virtual_tokens or 0), d if projected else out)
+        self.width = d
+        if projected:
+            hidden = config.encoder_hidden_size or d
+            self.transform = nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, out))
+        if config.init_weights == "zero":
+            last = self.transform[-1] if projected else self.embedding
+            for p in last.parameters():
+                nn.init.zeros_(p)
+
+    @property
+    def computes(self) -> bool:
+        """Whether there is a network."""
+        return "transform" in self._modules
+
+    def encode(self, embedded: Tensor) -> Tensor:
+        """Run the network, where there is one."""
+        return self.transform(embedded) if self.computes else embedded
+
+    def entry(self, index: int) -> Tensor:
+        """Return one of the ``2 layers`` blocks of the prefix, ``[n, token_dim]``, computing no other."""
+        rows = slice(index * self.width, (index + 1) * self.width)
+        if not self.computes or not (self.training or torch.is_grad_enabled()):
+            return self.prompt()[:, rows]
+        last = cast("nn.Linear", self.transform[-1])
+        return linear(self.transform[:-1](self.embedding.weight), last.weight[rows], last.bias[rows])
+
+
+class PrefixTuning(InputMethod, name="PREFIX_TUNING"):
+    """Virtual keys and values in every layer; see the top of this file."""
+
+    config = PrefixTuningConfig
+    splices = True
+
+    def complete(self, config: PrefixTuningConfig, model: nn.Module) -> None:
+        from ..prompts.attention import self_attentions
+
+        told, given = text_config(model), (config.token_dim, config.num_attention_heads, config.num_layers)
+        modules = self_attentions(model)
+        settle_common(config, model)
+        width, heads = key_shape(told)
+        fitting = heads * width, heads, len(modules)
+        names = ("token_dim", "num_attention_heads", "num_layers")
+        for name, value, fits in zip(names, given, fitting, strict=True):
+            if value not in (None, fits):
+                raise ValueError(
+                    f"{name}={value} does not fit {type(model).__name__}, whose {len(modules)} self-attention modules have "
+                    f"{heads} key heads of {width} numbers; leave it out, or set it to {fits}"
+                )
+            setattr(config, name, fits)
+        if config.encoder_hidden_size is None:
+            config.encoder_hidden_size = config.token_dim
+
+    def build(self, model: nn.Module, config: PrefixTuningConfig) -> PrefixEncoder:
+        return PrefixEncoder(config)
+
+    def prefix(self, encoder: PromptModule, config: PrefixTuningConfig, layer: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(encoder, PrefixEncoder)
+        step = 2
+        if config.num_transformer_submodules == 2:
+            # PEFT cuts the entries, taken twice, into groups of four, of which the decoder's self-attention uses two.
+            step = 4
+        entries = (
+            encoder.entry((step * layer + kind) % (2 * int(config.num_layers or 0))) for kind in (0, 1)
+        )
+        heads = int(config.num_attention_heads or 1)
+        keys, values = (e.view(len(e), heads, -1).transpose(0, 1) for e in entries)
+        return keys, values
+
+    def shift(self, config: PrefixTuningConfig) -> int:
+        """The model's own tokens are counted on from the prefix, as PEFT does, which keeps it in the cache."""
+        return int(config.num_virtual_tokens or 0)
+
+
+def key_shape(told: Any) -> tuple[int, int]:
+    """Return the numbers of a key, and the number of key heads, of a transformers configuration."""
+    names = ("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
+    heads = next(int(v) for name in names if isinstance(v := getattr(told, name, None), int))
+    hidden = next(
+        int(v) for n in ("hidden_size", "n_embd", "d_model") if isinstance(v := getattr(told, n, None), int)
+    )
+    widths = (getattr(told, "head_dim", None), getattr(told, "d_kv", None))
+    width = next((int(w) for w in widths if isinstance(w, int)), hidden // heads)
+    groups = getattr(told, "num_key_value_heads", None)
+    if getattr(told, "multi_query", False):
+        groups = 1
+    return width, groups if isinstance(groups, int) else heads

@@ -1,0 +1,1 @@
+"""What stands in front of a model's inputs: virtual tokens before the embeddings, virtual keys and values in the attention."""

@@ -1,0 +1,187 @@
+"""Virtual keys and values, set in where transformers' attention modules call their attention function.
+
+The modules look the function up by the name in their configuration, so a prefix needs no cache: the name is replaced by one of
+ours, whose function puts the prefix in front of keys, values and mask and calls the present one. The cache never holds the
+prefix. So what is cached equals what is not, static caches and sliding windows need no room for it, models without a cache
+(BERT, ViT) take it as well, and gradient checkpointing, which switches the cache off, finds it again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .sites import ATTRIBUTE, Site, extended_mask
+
+if TYPE_CHECKING:
+    from .prompts import Prompts
+
+OURS = {"sdpa": "inlay_prefix_sdpa", "eager": "inlay_prefix_eager"}
+"""Our name for each attention implementation that a prefix can be set into."""
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+
+def register() -> None:
+    """Make our names known to transformers; masks are made as for the implementation that is wrapped."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    for theirs, ours in OURS.items():
+        AttentionInterface.register(ours, _sdpa if theirs == "sdpa" else _eager)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[theirs])
+
+
+def self_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the self-attention modules that take a prefix, in order: the decoder's, of a model that has one.
+
+    Raises:
+        ValueError: there are none, or their attention does not go through transformers' interface.
+    """
+    root = decoder_of(model)
+    found = [
+        m
+        for path, m in root.named_modules()
+        if INTERFACE in _names_in_forward(m)
+        and not _is_cross(path, m)
+        and getattr(m, "config", None) is not None
+    ]
+    if not found:
+        classes = sorted(
+            {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
+        )
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that goes through transformers' attention interface"
+            f"{f' ({classes[0]} does not)' if classes else ''}, so no prefix can be set in; use prompt tuning or LoRA"
+        )
+    return found
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model whose self-attention takes a prefix: its decoder or language model, or all of it."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def _is_cross(path: str, module: nn.Module) -> bool:
+    name = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+    return bool(getattr(module, "is_cross_attention", False)) or any(
+        word in name for word in ("cross", "encoder_attn", "encdec")
+    )
+
+
+class Splice:
+    """What is changed in a model so that its attention asks for prefixes; ``remove`` changes it back."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+        self.modules = self_attentions(model)
+        # Buckets of distances, as in T5, are learnt by the first layer alone, and shared by the others.
+        biased = next((m for m in self.modules if getattr(m, "has_relative_attention_bias", False)), None)
+        for config in self._configs():
+            _check_implementation(model, config)
+        register()
+        for index, module in enumerate(self.modules):
+            setattr(module, ATTRIBUTE, Site(prompts, index, biased))
+        self.engage()
+
+    def _configs(self) -> Iterator[Any]:
+        yield from {id(m.config): m.config for m in self.modules}.values()
+
+    def engage(self) -> None:
+        """Put our names into the configurations, again where somebody has chosen another implementation since.
+
+        Raises:
+            ValueError: prefixes cannot be set into that implementation.
+        """
+        for config in self._configs():
+            if config._attn_implementation not in OURS.values():
+                _check_implementation(None, config)
+                config._attn_implementation = OURS[config._attn_implementation or "eager"]
+
+    def remove(self) -> None:
+        """Take the sites out and give the configurations their own names back."""
+        theirs = {ours: name for name, ours in OURS.items()}
+        for module in self.modules:
+            delattr(module, ATTRIBUTE)
+        for config in self._configs():
+            config._attn_implementation = theirs.get(config._attn_implementation, config._attn_implementation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make our names known in the process that unpickles a model."""
+        self.__dict__.update(state)
+        register()
+
+
+def _check_implementation(model: nn.Module | None, config: Any) -> None:
+    name = config._attn_implementation or "eager"
+    if name not in OURS and name not in OURS.values():
+        raise ValueError(
+            f"prefix tuning cannot be set into attn_implementation={name!r}"
+            f"{f' of {type(model).__name__}' if model is not None else ''}; load the model with one of {sorted(OURS)}"
+        )
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    site: Site | None = module.__dict__.get(ATTRIBUTE)
+    front = site.live(query.shape[0]) if site is not None else None
+    if front is not None and site is not None:
+        length = query.shape[2]
+        causal = kwargs.get("is_causal")
+        if mask is None and length > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+            # SDPA would be told "causal" and align queries with the first keys, which are the prefix now. What a static
+            # cache has beyond the queries is still empty.
+            key, value = key[:, :, :length], value[:, :, :length]
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+        kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
+        mask = extended_mask(mask, front, key)
+        key, value = front.before(key, value)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
+    site: Site | None = module.__dict__.get(ATTRIBUTE)
+    front = site.live(query.shape[0]) if site is not None else None
+    if front is not None and site is not None:
+        kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
+        mask = extended_mask(mask, front, key, additive=True)
+        key, value = front.before(key, value)
+    return _own_eager(type(module))(module, query, key, value, mask, **kwargs)
+
+
+def _with_bias(
+    site: Site, tokens: int, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Extend the bias for distances, of models that have one, over the prefix."""
+    bias = kwargs.get("position_bias")
+    if bias is None:
+        return kwargs
+    bias = bias[..., : key.shape[2]]
+    return kwargs | {
+        "position_bias": torch.cat([site.distances(tokens, query, key, mask).to(bias), bias], dim=-1)
+    }
+
+
+def _own_eager(module_class: type) -> Any:
+    """Return the eager attention function of the file that a module's class comes from."""
+    for base in module_class.__mro__:
+        function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"{module_class.__name__} has no eager attention function; load the model with attn_implementation='sdpa'"
+    )

@@ -1,0 +1,128 @@
+"""The positions of a model's own tokens, counted on from a prefix as PEFT counts them.
+
+Where a module is told how many keys are cached (``past_key_values_length``: BERT and its kin, BART), it is told more; else
+``position_ids`` are passed to the model; models that know distances only (T5) are served in ``sites.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import decoder_of
+
+if TYPE_CHECKING:
+    from .prompts import Prompts
+
+PAST = "past_key_values_length"
+
+
+class Shift:
+    """Hooks that move positions by what the prefixes that are on ask for; ``remove`` takes them out."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+        self.prompts = prompts
+        told = [m for m in decoder_of(model).modules() if PAST in _parameters(m)]
+        self.handles = [m.register_forward_pre_hook(self.in_embeddings, with_kwargs=True) for m in told]
+        takes_ids = not told and "position_ids" in _parameters(model)
+        self.handles.append(
+            model.register_forward_pre_hook(self.in_model if takes_ids else self.engage, with_kwargs=True)
+        )
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        for handle in self.handles:
+            handle.remove()
+
+    def engage(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before each run of the model, look whether the attention still asks for prefixes."""
+        self.prompts.engage()
+
+    def in_model(
+        self, model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Move the ``position_ids`` of a model that takes them."""
+        self.prompts.engage()
+        shift = self.prompts.shift_now()
+        if not shift:
+            return None
+        given = named_arguments(model, args, kwargs)
+        ids = given.get("position_ids")
+        if ids is None:
+            inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+            start = cached_length(given.get("past_key_values"))
+            ids = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0) + start
+        return (), given | {"position_ids": _moved(ids, shift)}
+
+    def in_embeddings(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Move the positions of a module that counts them itself."""
+        shift = self.prompts.shift_now()
+        if not shift:
+            return None
+        given = named_arguments(module, args, kwargs)
+        mask = given.get("attention_mask")
+        if isinstance(shift, tuple) and len(set(shift)) > 1:
+            ids = given.get("position_ids")
+            given["position_ids"] = _moved(_counted(module, given) if ids is None else ids, shift)
+            return (), given
+        by = shift[0] if isinstance(shift, tuple) else shift
+        if given.get("position_ids") is not None:
+            given["position_ids"] = _moved(given["position_ids"], by)
+        else:
+            given[PAST] = given.get(PAST, 0) + by
+            if isinstance(mask, Tensor) and mask.dim() == 2:  # OPT counts what the mask shows
+                given["attention_mask"] = torch.cat([mask.new_ones(len(mask), by), mask], dim=1)
+        return (), given
+
+
+def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call of a module by name.
+
+    Raises:
+        TypeError: there are more positional arguments than the module takes.
+    """
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    named = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def cached_length(cache: Any) -> Any:
+    """Return how many keys a cache holds: 0 for None."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return cache.get_seq_length()
+    return cache[0][0].shape[-2] if len(cache) and cache[0] is not None else 0
+
+
+def _moved(ids: Tensor, shift: int | tuple[int, ...]) -> Tensor:
+    if isinstance(shift, int):
+        moved = ids + shift
+    else:
+        rows = len(ids) if len(ids) > 1 else len(shift)
+        moved = ids + torch.tensor(shift, device=ids.device).repeat_interleave(rows // len(shift))[:, None]
+    return torch.where(ids < 0, ids, moved)  # OPT gives padding a position below 0
+
+
+def _counted(module: nn.Module, given: dict[str, Any]) -> Tensor:
+    """Return the positions that a module would count, without any prefix."""
+    ids, past = given.get("input_ids"), given.get(PAST, 0)
+    counting = getattr(module, "create_position_ids_from_input_ids", None)
+    if counting is not None and ids is not None:  # RoBERTa counts from its padding token on, and only words
+        return counting(ids, module.padding_idx, past)  # type: ignore[no-any-return]
+    tensor = ids if ids is not None else given["inputs_embeds"]
+    return torch.arange(past, past + tensor.shape[1], device=tensor.device).unsqueeze(0)
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(type(module).forward).parameters)
