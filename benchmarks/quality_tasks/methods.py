@@ -78,6 +78,11 @@ def _rank(task: Task) -> int:
     return task.rank
 
 
+def _shira_rank(task: Task) -> int:
+    """Return r for r (in + out) entries of each matrix; the smallest convolution of MobileNet has 27 x 8."""
+    return min(task.rank, 6) if task.name == "cifar" else task.rank
+
+
 # A third of the steps is left after the last rank has gone; the scale is alpha / init_r.
 RANK_BUDGET = {
     "init_r": lambda task: task.rank * 3 // 2,
@@ -98,9 +103,9 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA", adapter(LoraConfig, **LOW_RANK)),
     "dora": Method("DoRA", adapter(LoraConfig, use_dora=True, **LOW_RANK), rate_of="lora"),
     "adalora": Method("AdaLoRA", adapter(AdaLoraConfig, **RANK_BUDGET)),
-    "shira": Method("SHiRA, random mask", adapter(ShiraConfig, r=_rank, random_seed=0)),
+    "shira": Method("SHiRA, random mask", adapter(ShiraConfig, r=_shira_rank, random_seed=0)),
     "shira-wm": Method(
-        "SHiRA, largest weights", adapter(ShiraConfig, r=_rank, mask_type="wm"), rate_of="shira"
+        "SHiRA, largest weights", adapter(ShiraConfig, r=_shira_rank, mask_type="wm"), rate_of="shira"
     ),
     "ia3": Method("(IA)3", adapter(IA3Config, feedforward_modules=())),
     "bitfit": Method("BitFit", adapter(BitFitConfig, target_modules=None)),
