@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_model import AdaptedModel
-from .config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
-from .errors import AdapterFileError, PeftWarning
+from .config import CONFIG_NAME, PeftConfig
+from .errors import AdapterFileError
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
@@ -73,7 +71,7 @@ def get_peft_model_state_dict(
     keys = disk_keys(model, adapter_name)
     for name in _embedding_keys(model, adapter_name, save_embedding_layers):
         keys.setdefault(name, name)
-    beside = _shared_tensors(_first_slot(model, adapter_name)) | _computed_prompt(
+    beside = _shared_tensors(first_slot(model, adapter_name)) | _computed_prompt(
         model, adapter_name, state_dict
     )
     if state_dict is None:
@@ -137,8 +135,8 @@ def set_peft_model_state_dict(
             "folder with load_adapter instead"
         )
     keys = disk_keys(model, adapter_name)
-    first = _first_slot(model, adapter_name)
-    shared = {key: peft_model_state_dict.get(key) for key in _shared_keys(first)}
+    first = first_slot(model, adapter_name)
+    shared = {key: peft_model_state_dict.get(key) for key in shared_keys(first)}
     memory = {disk: name for name, disk in keys.items()}
     live = _tensors(model)
     base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
@@ -260,25 +258,25 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
 
 
-def _first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
+def first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
     """Return a slot of the adapter's own method, which knows the adapter as a whole."""
     config = cast("Any", model).peft_config[adapter_name]
     slots = (w.slots.get(adapter_name) for _, w in adapted_layers(_bare_model(model)[1]))
     return next((slot for slot in slots if slot is not None and slot.config is config), None)
 
 
-def _shared_keys(slot: Slot | None) -> list[str]:
+def shared_keys(slot: Slot | None) -> list[str]:
     """Return the keys on disk of what an adapter keeps once for all its layers."""
     names = () if slot is None else slot.method.shared_names(slot.config)
     return [f"base_model.{name}" for name in names]
 
 
 def _shared_tensors(slot: Slot | None) -> dict[str, Tensor]:
-    keys = _shared_keys(slot)
+    keys = shared_keys(slot)
     return dict(zip(keys, slot.method.shared(slot.config), strict=True)) if slot and keys else {}
 
 
-def _twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
+def twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
     """Return the beginnings of keys under which PEFT repeats an adapter's tensors for a tied layer."""
     prefix, bare = _bare_model(model)
     return [
@@ -376,69 +374,6 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     return tensors
-
-
-@dataclass
-class SavedAdapter:
-    """An adapter as it was found: its configuration and its tensors by their keys on disk."""
-
-    origin: Any
-    config: PeftConfig
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def find(
-        cls,
-        origin: str | os.PathLike[str],
-        config: PeftConfig | None,
-        is_trainable: bool,
-        device: str | torch.device | None,
-        key_mapping: dict[str, str] | None,
-        ephemeral_gpu_offload: bool,
-        kwargs: dict[str, Any],
-    ) -> SavedAdapter:
-        """Read an adapter from a folder or the hub; the arguments are those of ``PeftModel.from_pretrained``."""
-        if ephemeral_gpu_offload:
-            raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
-        if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
-            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
-        hub = {k: v for k, v in kwargs.items() if k not in unknown}
-        loaded = PeftConfig.from_pretrained(origin, **hub) if config is None else config
-        tensors = load_peft_weights(origin, device, key_mapping, **hub)
-        return cls(origin, replace(loaded, inference_mode=not is_trainable), tensors)
-
-    def put_into(self, model: nn.Module, name: str, low_cpu_mem_usage: bool) -> IncompatibleKeys:
-        """Set the tensors as an adapter's values, if and only if they are exactly what it needs.
-
-        Raises:
-            AdapterFileError: tensors are missing, unknown, or of another shape; nothing is changed then.
-        """
-        expected = {*disk_keys(model, name).values(), *_shared_keys(_first_slot(model, name))}
-        tensors = dict(self.tensors)
-        if prompt_network(model, name) is not None:  # which comes from a file of its own
-            tensors.pop(PROMPT, None)
-        missing = sorted(expected - tensors.keys())
-        twins = tuple(_twin_paths(model, name))
-        unexpected = sorted(
-            key
-            for key in tensors.keys() - expected
-            if not key.endswith(WHOLE_EMBEDDING) and not key.startswith(twins)
-        )
-        if missing or unexpected:
-            raise AdapterFileError(
-                f"{self.origin} does not fit this model; nothing was loaded. It lacks {_some(missing)} and has "
-                f"{_some(unexpected)} "
-                "that the model does not know: is it an adapter of another base model, or was another configuration passed?"
-            )
-        return set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-def _some(names: Sequence[str]) -> str:
-    return (
-        f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        if names
-        else "nothing"
-    )
 
 
 __all__ = [

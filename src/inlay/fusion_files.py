@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .checkpoint import SavedAdapter
 from .choice import is_fusion
 from .config import CONFIG_NAME, HUB_ARGUMENTS
 from .files import locate
+from .saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel

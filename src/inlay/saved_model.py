@@ -15,16 +15,16 @@ from torch import nn
 from . import hub
 from .checkpoint import (
     IncompatibleKeys,
-    SavedAdapter,
     get_peft_model_state_dict,
     load_peft_weights,
     prompt_network,
 )
 from .choice import is_fusion
-from .config import HUB_ARGUMENTS, PeftConfig
-from .files import adapter_folder, check_folder, read_state, write_state, write_tensors
+from .config import PeftConfig
+from .files import adapter_folder, check_folder, write_state, write_tensors
 from .fusion_files import members_loaded, model_with_fusion, with_members
 from .method import Method
+from .saved_adapter import SavedAdapter
 from .targets import base_name
 from .training.optimizer_state import Change, follow
 from .walk import adapted_layers
@@ -156,7 +156,7 @@ class SavedModel(nn.Module):
         from .tasks import class_for  # only now: it is made of subclasses of this one
 
         saved = SavedAdapter.find(
-            model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs
+            model, model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs
         )
         chosen = class_for(saved.config, cast("type[PeftModel]", cls))
         if is_fusion(saved.config):
@@ -172,14 +172,16 @@ class SavedModel(nn.Module):
         frozen = [p for p in model.parameters() if p.requires_grad]
         peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
-            peft_model._put(adapter_name, saved, low_cpu_mem_usage, is_trainable, kwargs)
+            peft_model._put(adapter_name, saved, low_cpu_mem_usage, is_trainable)
+            others = peft_model._add_others(
+                adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+            )
         except BaseException:
-            peft_model.delete_adapter(adapter_name)
             peft_model.unload()
             for p in frozen:
                 p.requires_grad_(True)
             raise
-        peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        peft_model.set_adapter([adapter_name, *others], inference_mode=not is_trainable)
         peft_model.eval()
         return peft_model
 
@@ -202,10 +204,11 @@ class SavedModel(nn.Module):
         Returns:
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
-        saved = SavedAdapter.find(
-            model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
-        )
         model = cast("PeftModel", self)
+        base = model.get_base_model()
+        saved = SavedAdapter.find(
+            base, model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
+        )
         options = {
             "is_trainable": is_trainable,
             "torch_device": torch_device,
@@ -220,7 +223,11 @@ class SavedModel(nn.Module):
             try:
                 with _fitted(model, adapter_name, saved.config):
                     resume = is_trainable or not new
-                    result = self._put(adapter_name, saved, low_cpu_mem_usage, resume, kwargs)
+                    result = self._put(adapter_name, saved, low_cpu_mem_usage, resume)
+                if new:
+                    self._add_others(
+                        adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+                    )
             except BaseException:
                 if new:
                     model.delete_adapter(adapter_name)
@@ -229,22 +236,42 @@ class SavedModel(nn.Module):
             model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
         return result
 
-    def _put(
-        self, name: str, saved: SavedAdapter, low_cpu_mem_usage: bool, resume: bool, kwargs: dict[str, Any]
-    ) -> IncompatibleKeys:
+    def _put(self, name: str, saved: SavedAdapter, low_cpu_mem_usage: bool, resume: bool) -> IncompatibleKeys:
         """Set an adapter's values and take up what it remembered when it was saved, where it remembers anything."""
         adapted = cast("PeftModel", self).base_model
-        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS or k == "subfolder"}
         network = prompt_network(self, name)
         if network is not None:
-            remembered = read_state(saved.origin, **hub)
+            remembered = saved.remembered()
             adapted.prompts.check_state(name, remembered, saved.origin)
         result = saved.put_into(self, name, low_cpu_mem_usage)
         if network is not None:
             network.load_state_dict(remembered)
         elif resume and name in adapted.methods and adapted.methods[name].steps():
-            adapted.methods[name].load_state(list(adapted.own_slots(name)), read_state(saved.origin, **hub))
+            adapted.methods[name].load_state(list(adapted.own_slots(name)), saved.remembered())
         return result
+
+    def _add_others(
+        self,
+        name: str,
+        saved: SavedAdapter,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+    ) -> list[str]:
+        """Add what a folder holds beside an adapter, as ``<name>_<what it is>``; all of it or nothing. Return the names."""
+        model, added = cast("PeftModel", self), []
+        try:
+            for kind, part in saved.others.items():
+                own = f"{name}_{kind}"
+                model.add_adapter(own, part.config, low_cpu_mem_usage, autocast_adapter_dtype)
+                added.append(own)
+                self._put(own, part, low_cpu_mem_usage, is_trainable)
+                model.base_model.set_requires_grad(own, requires_grad=is_trainable)
+        except BaseException:
+            for own in added:
+                model.delete_adapter(own)
+            raise
+        return added
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..walk import Place, places
-from . import bottleneck, low_rank
+from . import bottleneck, low_rank, prefix
 from .folder import Entry, Folder
 
 NOT_READ = {
@@ -25,8 +26,17 @@ HOLDERS = {
 }
 
 
-def parts_of(folder: Folder, model: nn.Module) -> dict[str, tuple[PeftConfig, dict[str, Tensor]]]:
-    """Return the configuration and the tensors, by the keys of Inlay's files, of each part of a folder.
+@dataclass(frozen=True)
+class Part:
+    """One method of a folder: its configuration, its tensors by the keys of Inlay's files, and what it needs to be trained."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    state: dict[str, Tensor] | None = None
+
+
+def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
+    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning".
 
     Raises:
         ValueError: the folder holds what Inlay does not have.
@@ -37,7 +47,7 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, tuple[PeftConfig, di
     for entry in entries:
         if entry.holder in NOT_READ:
             raise ValueError(f"{folder.origin} holds {NOT_READ[entry.holder]}, which Inlay does not have")
-    parts: dict[str, tuple[PeftConfig, dict[str, Tensor]]] = {}
+    parts: dict[str, Part] = {}
     for told in folder.configs:
         kind = str(told.get("architecture") or "bottleneck")
         if kind not in HOLDERS or kind in parts:
@@ -52,10 +62,10 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, tuple[PeftConfig, di
     return parts
 
 
-def _converted(
-    kind: str, told: dict[str, Any], entries: list[Entry], known: dict[str, Place]
-) -> tuple[PeftConfig, dict[str, Tensor]]:
+def _converted(kind: str, told: dict[str, Any], entries: list[Entry], known: dict[str, Place]) -> Part:
     if kind == "lora":
-        return low_rank.convert(told, entries, known)
+        return Part(*low_rank.convert(told, entries, known))
+    if kind == "prefix_tuning":
+        return Part(*prefix.convert(told, entries))
     config = bottleneck.config_of(told)
-    return config, bottleneck.tensors_of(entries, config, known)
+    return Part(config, bottleneck.tensors_of(entries, config, known))

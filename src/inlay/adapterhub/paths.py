@@ -46,7 +46,7 @@ def exit_of(at: str, found: list[Found]) -> str:
             f"adapters at {at!r} are not known; known are modules ending in {sorted(PARTS)}"
         )
     block, part = at.removesuffix(ending), PARTS[ending]
-    while block:
+    while "." in block:  # a number alone says nothing
         for sublayer in found:
             path = sublayer.exit.path
             if sublayer.part == part and (path.startswith(f"{block}.") or f".{block}." in path):

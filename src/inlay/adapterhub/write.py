@@ -44,7 +44,7 @@ def write_adapterhub(
         ValueError: AdapterHub has no word for the method, one of its settings, or one of its places. Nothing is written then.
     """
     target = check_folder(folder)
-    width = int(model_config(model).get("hidden_size") or model_config(model).get("d_model") or 0)
+    width = int(getattr(model.config, "hidden_size", 0))  # GPT-2 and T5 know it by this name too
     heads = tuple(f"base_model.model.{module}." for module in getattr(config, "modules_to_save", None) or ())
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)} if heads else tensors
     if isinstance(config, BottleneckConfig):

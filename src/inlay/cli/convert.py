@@ -12,7 +12,7 @@ from torch import nn
 from inlay import PeftConfig, load_peft_weights
 from inlay.adapterhub import parts_of, write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
-from inlay.files import write_tensors
+from inlay.files import write_state, write_tensors
 
 from .errors import UserError, told_as
 from .files import check_new, new_folder
@@ -53,12 +53,13 @@ def _from_adapterhub(
     base = model_place(recorded)
     parts = parts_of(read_folder(adapter, description), structure_of(base, None, description["model_class"]))
     names = {kind: "." if len(parts) == 1 else kind for kind in parts}
-    for kind, (config, tensors) in parts.items():
+    for kind, part in parts.items():
         folder = target / names[kind]
         folder.mkdir(exist_ok=True)
-        config.base_model_name_or_path = base
-        config.save_pretrained(folder)
-        write_tensors(folder, tensors)
+        part.config.base_model_name_or_path = base
+        part.config.save_pretrained(folder)
+        write_tensors(folder, part.tensors)
+        write_state(folder, part.state or {})
     return list(names.values())
 
 

@@ -33,6 +33,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         prefix_projection: compute the prefix by a network of two layers.
         encoder_hidden_size: width of that network; ``token_dim`` by default.
         init_weights: None, or "zero": the prefix starts at zero.
+        shift_positions: count the positions of the model's own tokens on from the prefix, as PEFT does; False leaves them as
+            they are without a prefix, as AdapterHub and the papers do. PEFT cannot read the latter.
 
     Raises:
         ValueError: ``init_weights`` is unknown.
@@ -42,11 +44,18 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
     init_weights: str | None = None
+    shift_positions: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r} is unknown; it is None or 'zero'")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.shift_positions:  # a field that PEFT does not know
+            del values["shift_positions"]
+        return values
 
 
 class PrefixEncoder(PromptModule):
@@ -125,8 +134,8 @@ class PrefixTuning(InputMethod, name="PREFIX_TUNING"):
         return keys, values
 
     def shift(self, config: PrefixTuningConfig) -> int:
-        """The model's own tokens are counted on from the prefix, as PEFT does, which keeps it in the cache."""
-        return int(config.num_virtual_tokens or 0)
+        """PEFT keeps the prefix in the cache, from whose length positions are counted."""
+        return int(config.num_virtual_tokens or 0) if config.shift_positions else 0
 
 
 def key_shape(told: Any) -> tuple[int, int]:
