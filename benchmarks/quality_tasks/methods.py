@@ -79,8 +79,8 @@ def _rank(task: Task) -> int:
 
 
 def _shira_rank(task: Task) -> int:
-    """Return r for r (in + out) entries of each matrix; the smallest convolution of MobileNet has 27 x 8."""
-    return min(task.rank, 6) if task.name == "cifar" else task.rank
+    """Return r for r (in + out) entries of each matrix; the smallest convolution of MobileNet has 128 in all."""
+    return min(task.rank, 4) if task.name == "cifar" else task.rank
 
 
 # A third of the steps is left after the last rank has gone; the scale is alpha / init_r.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapterhub.folder import describe, read_folder
+from .adapterhub.folder import is_adapterhub, read_folder
 from .checkpoint import (
     PROMPT,
     WHOLE_EMBEDDING,
@@ -24,9 +24,9 @@ from .checkpoint import (
     shared_keys,
     twin_paths,
 )
-from .config import HUB_ARGUMENTS, PeftConfig
+from .config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
 from .errors import AdapterFileError, PeftWarning
-from .files import read_state
+from .files import locate, read_state
 
 
 @dataclass
@@ -67,15 +67,13 @@ class SavedAdapter:
         if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
             warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
         hub = {k: v for k, v in kwargs.items() if k not in unknown}
-        if (description := describe(origin, **hub)) is not None:
-            if config is not None or key_mapping:
-                raise ValueError(
-                    f"{origin} is an adapter of AdapterHub's, to which config and key_mapping do not apply"
-                )
-            return cls._of_adapterhub(model, origin, description, is_trainable, hub)
-        loaded = PeftConfig.from_pretrained(origin, **hub) if config is None else config
+        if config is None:
+            values = PeftConfig.from_json_file(locate(origin, CONFIG_NAME, **hub))
+            if is_adapterhub(values):
+                return cls._of_adapterhub(model, origin, values, is_trainable, hub)
+            config = PeftConfig.from_peft_type(**values)
         tensors = load_peft_weights(origin, device, key_mapping, **hub)
-        return cls(origin, replace(loaded, inference_mode=not is_trainable), tensors, hub)
+        return cls(origin, replace(config, inference_mode=not is_trainable), tensors, hub)
 
     @classmethod
     def _of_adapterhub(
