@@ -88,6 +88,27 @@ class LowRank(nn.Module):
         return x @ self.left.to(x.dtype) @ self.right.to(x.dtype) + self.bias.to(x.dtype)
 
 
+def new_projection(config: Any, width_in: int, width_out: int, path: str, where: dict[str, Any]) -> nn.Module:
+    """Return a projection of the form that a configuration asks for, without values.
+
+    Raises:
+        ValueError: the number of Kronecker products does not divide the widths.
+    """
+    if config.low_rank is not None:
+        return LowRank(width_in, width_out, config.low_rank, where)
+    if not config.phm_layer:
+        return nn.Linear(width_in, width_out, **where)
+    n = config.phm_dim
+    if width_in % n or width_out % n:
+        raise ValueError(
+            f"phm_dim={n} does not divide the widths {width_in} and {width_out} of the projections at {path}; "
+            "choose another phm_dim, reduction_factor or bottleneck_size"
+        )
+    return Kronecker(
+        width_in, width_out, n, config.phm_rank if config.factorized_phm_W else None, config.phm_bias, where
+    )
+
+
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Run a layer in the dtype of its input, whatever its own is."""
     bias = layer.bias
@@ -141,3 +162,12 @@ def _draw(matrix: Tensor, how: str) -> None:
         nn.init.xavier_normal_(matrix)
     else:
         nn.init.normal_(matrix, std=0.01)
+
+
+@torch.no_grad()
+def draw_rule(rule: Tensor, spread: float, how: str) -> None:
+    """Give a rule its values, of this deviation (or half range, for "uniform")."""
+    if how == "uniform":
+        rule.uniform_(-spread, spread)
+    else:
+        rule.normal_(std=spread)
