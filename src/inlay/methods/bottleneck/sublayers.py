@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import PeftWarning
 from ...kinds import Norm, kind_of
 from ...kinds.output import own_widths
-from ...taps import Hung, SubLayer
+from ...taps import Hung, SubLayer, first_argument
 from ...walk import Place, unwrapped
 from .families import FAMILIES, Family, Points
 
@@ -99,7 +99,11 @@ def _found(block: int, part: str, points: Points, known: Mapping[str, Place], pr
     norm = _resolve(points.norm, known, prefix) if points.norm else None
     assert entry is not None and last is not None
     like = _like(last, norm, entry)
-    sublayer = SubLayer(Hung(*entry.parents[0]), None if norm is None else Hung(*norm.parents[0]))
+    sublayer = SubLayer(
+        Hung(*entry.parents[0]),
+        first_argument(entry.module),
+        None if norm is None else Hung(*norm.parents[0]),
+    )
     return Found(block, part, last, like, sublayer)
 
 
