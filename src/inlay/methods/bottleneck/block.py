@@ -41,7 +41,7 @@ class Kronecker(nn.Module):
             self.W_right = nn.Parameter(torch.empty(n, rank, q, **where))
         self.bias = nn.Parameter(torch.empty(width_out, **where)) if bias else None
         # Multiplications for one vector: through the factors, or with H; forming H is paid for once in a forward pass.
-        through = n * (rank or 0) * (width_in + width_out) + n**3 * (rank or 0)
+        through = n * (rank or 0) * (width_in + width_out) + (n * n * (rank or 0)) ** 2
         self.through_factors = rank is not None and through < width_in * width_out
 
     def forget_factors(self) -> None:
@@ -63,10 +63,13 @@ class Kronecker(nn.Module):
 
     def _through_factors(self, x: Tensor, rule: Tensor) -> Tensor:
         left, right = self.W_left.to(x.device, x.dtype), self.W_right.to(x.device, x.dtype)
-        rows = x.reshape(*x.shape[:-1], self.n, -1)  # x[..., a, p]: A_i mixes a, W_i maps p
-        narrow = torch.einsum("...ap,ipk->...aik", rows, left)
-        mixed = torch.einsum("iab,...aik->...bik", rule, narrow)
-        return torch.einsum("...bik,ikq->...bq", mixed, right).flatten(-2)
+        n, r = left.shape[0], left.shape[2]
+        eye_n, eye_r = (torch.eye(size, device=x.device, dtype=x.dtype) for size in (n, r))
+        mix = torch.einsum("iab,ij,kl->aikbjl", rule, eye_n, eye_r).reshape(n * n * r, n * n * r)
+        # x is n rows of in/n: each row through all W_left at once, all rows through A, each row through all W_right.
+        narrow = x.reshape(*x.shape[:-1], n, -1) @ left.transpose(0, 1).flatten(1)
+        mixed = (narrow.flatten(-2) @ mix).reshape(*x.shape[:-1], n, n * r)
+        return (mixed @ right.flatten(0, 1)).flatten(-2)
 
     def _matrix(self, x: Tensor, rule: Tensor) -> Tensor:
         w = self.W if self.rank is None else self.W_left @ self.W_right
