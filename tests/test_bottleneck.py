@@ -128,7 +128,12 @@ def test_kronecker_takes_the_cheaper_way() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"shared_phm_rule": False}, {"shared_W_phm": True}, {"learn_phm": False}], ids=str
+    "changes",
+    [
+        *[{}, {"shared_phm_rule": False}, {"shared_W_phm": True}, {"learn_phm": False}],
+        {"shared_W_phm": True, "factorized_phm_W": False, "phm_bias": False},
+    ],
+    ids=str,
 )
 def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     config = BottleneckConfig.preset("compacter", reduction_factor=2, **changes)
@@ -142,7 +147,7 @@ def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     rules = [n for n in get_peft_model_state_dict(model) if n.endswith("rule")]
     assert len(rules) == (8 if changes.get("shared_phm_rule") is False else 1)
     assert sum("rule" in n for n in trained) == (0 if changes.get("learn_phm") is False else len(rules))
-    factors = [n for n in trained if "W_left" in n]
+    factors = [n for n in trained if n.rsplit(".", 1)[-1] in ("W", "W_left")]
     assert len(factors) == (2 if changes.get("shared_W_phm") else 8)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model_named("bert"), tmp_path).eval()
@@ -152,6 +157,24 @@ def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(output_of(copied, inputs), y, rtol=0, atol=0)
     model.delete_adapter("default")
     assert not any("adapter_" in n for n in model.state_dict())
+
+
+def test_how_factors_and_rules_are_drawn() -> None:
+    def drawn(**changes: Any) -> tuple[Tensor, Tensor]:
+        config = BottleneckConfig.preset(
+            "compacter", target_modules=["0"], placement=None, bottleneck_size=64, **changes
+        )
+        model = get_peft_model(nn.Sequential(nn.Linear(256, 256)), config)
+        layer = model.base_model.model[0]
+        return layer.adapter_down["default"].W_left.detach(), layer.adapter_rule["default"].detach()
+
+    bound = (6 / (64 + 1)) ** 0.5  # W_left[n, 256 / 4, 1]
+    uniform, rule = drawn()
+    assert 0.9 * bound < uniform.abs().max() <= bound and rule.std() < 2e-4
+    normal, _ = drawn(hypercomplex_nonlinearity="glorot-normal")
+    assert normal.abs().max() > bound
+    small, rule = drawn(hypercomplex_nonlinearity="normal", phm_c_init="uniform", phm_init_range=0.5)
+    assert small.std() < 0.02 and 0.4 < rule.abs().max() <= 0.5
 
 
 def test_two_adapters_act_one_after_the_other() -> None:

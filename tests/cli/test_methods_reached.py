@@ -20,6 +20,10 @@ OPTIONS: dict[str, list[Any]] = {
     "adalora": ["--method.init-r", 3, "--method.target-r", 2],
     "shira": ["--method.r", 1],
     "oft": ["--method.oft-block-size", 4],
+    "bottleneck": [
+        *["--method.reduction-factor", '{"0": 4, "default": 8}', "--method.scaling", "learned"],
+        *["--method.original-ln-before", "true", "--method.residual-before-ln", "post_add"],
+    ],
 }
 """What a method needs besides its defaults on models this small."""
 
