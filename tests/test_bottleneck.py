@@ -20,13 +20,14 @@ from inlay import (
     Family,
     LoraConfig,
     PeftModel,
+    PeftWarning,
     Points,
     freeze_delta,
     get_peft_model,
     get_peft_model_state_dict,
     register_family,
 )
-from inlay.methods.bottleneck import sublayers
+from inlay.methods.bottleneck import families
 from inlay.methods.bottleneck.block import Kronecker
 from inlay.methods.bottleneck.presets import PRESETS
 from inlay.output_layer import AdaptedOutput
@@ -127,7 +128,12 @@ def test_kronecker_takes_the_cheaper_way() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"shared_phm_rule": False}, {"shared_W_phm": True}, {"learn_phm": False}], ids=str
+    "changes",
+    [
+        *[{}, {"shared_phm_rule": False}, {"shared_W_phm": True}, {"learn_phm": False}],
+        {"shared_W_phm": True, "factorized_phm_W": False, "phm_bias": False},
+    ],
+    ids=str,
 )
 def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     config = BottleneckConfig.preset("compacter", reduction_factor=2, **changes)
@@ -141,7 +147,7 @@ def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     rules = [n for n in get_peft_model_state_dict(model) if n.endswith("rule")]
     assert len(rules) == (8 if changes.get("shared_phm_rule") is False else 1)
     assert sum("rule" in n for n in trained) == (0 if changes.get("learn_phm") is False else len(rules))
-    factors = [n for n in trained if "W_left" in n]
+    factors = [n for n in trained if n.rsplit(".", 1)[-1] in ("W", "W_left")]
     assert len(factors) == (2 if changes.get("shared_W_phm") else 8)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model_named("bert"), tmp_path).eval()
@@ -151,6 +157,24 @@ def test_what_compacter_shares(changes: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(output_of(copied, inputs), y, rtol=0, atol=0)
     model.delete_adapter("default")
     assert not any("adapter_" in n for n in model.state_dict())
+
+
+def test_how_factors_and_rules_are_drawn() -> None:
+    def drawn(**changes: Any) -> tuple[Tensor, Tensor]:
+        config = BottleneckConfig.preset(
+            "compacter", target_modules=["0"], placement=None, bottleneck_size=64, **changes
+        )
+        model = get_peft_model(nn.Sequential(nn.Linear(256, 256)), config)
+        layer = model.base_model.model[0]
+        return layer.adapter_down["default"].W_left.detach(), layer.adapter_rule["default"].detach()
+
+    bound = (6 / (64 + 1)) ** 0.5  # W_left[n, 256 / 4, 1]
+    uniform, rule = drawn()
+    assert 0.9 * bound < uniform.abs().max() <= bound and rule.std() < 2e-4
+    normal, _ = drawn(hypercomplex_nonlinearity="glorot-normal")
+    assert normal.abs().max() > bound
+    small, rule = drawn(hypercomplex_nonlinearity="normal", phm_c_init="uniform", phm_init_range=0.5)
+    assert small.std() < 0.02 and 0.4 < rule.abs().max() <= 0.5
 
 
 def test_two_adapters_act_one_after_the_other() -> None:
@@ -512,14 +536,23 @@ class Strange(nn.Module):
         return x + self.think(self.norm_b(x))
 
 
-def test_unknown_blocks_and_how_to_make_them_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_blocks_and_how_to_make_them_known() -> None:
     base = nn.Sequential(Strange(), Strange())
     with pytest.raises(ValueError, match=r"target_modules.*register_family"):
         get_peft_model(base, BottleneckConfig())
-    monkeypatch.setattr(sublayers, "FAMILIES", list(sublayers.FAMILIES))
     register_family(Family("strange", Points("norm_a", "mix"), Points("norm_b", "think")))
-    model = get_peft_model(base, BottleneckConfig(bottleneck_size=2))
+    try:
+        model = get_peft_model(base, BottleneckConfig(bottleneck_size=2))
+    finally:
+        families.FAMILIES.pop(0)
     assert [s.path for s in model.base_model.slots("default")] == ["0.mix", "0.think", "1.mix", "1.think"]
+
+
+def test_blocks_of_another_kind_beside_known_ones_are_named() -> None:
+    base = model_named("gpt2")
+    base.transformer.h.append(nn.Linear(16, 16))
+    with pytest.warns(PeftWarning, match=r"transformer\.h\.2.*another structure"):
+        get_peft_model(base, BottleneckConfig(reduction_factor=4))
 
 
 def test_an_output_of_unknown_width() -> None:

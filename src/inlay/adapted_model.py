@@ -462,17 +462,18 @@ class AdaptedModel(nn.Module):
 
 
 def _merged_for_good(wrapper: nn.Module, names: Sequence[str], asked: Sequence[str] | None) -> nn.Module:
-    if isinstance(wrapper, TrainableTokensWrapper):
-        wrapper = wrapper.token_adapter
-    if isinstance(wrapper, ModulesToSaveWrapper):
-        chosen = [n for n in names if n in wrapper.modules_to_save]
-        return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
-    while isinstance(wrapper, AdaptedLayer):
+    while isinstance(wrapper, (AdaptedLayer, TrainableTokensWrapper)):
+        if isinstance(wrapper, TrainableTokensWrapper):
+            wrapper = wrapper.token_adapter
+            continue
         wrapper.merge(adapter_names=asked)
         if isinstance(wrapper, AdaptedOutput):
             wrapper.release()
         wrapper.originals = {}
         wrapper = wrapper.base_layer
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        chosen = [n for n in names if n in wrapper.modules_to_save]
+        return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     return wrapper
 
 
