@@ -153,13 +153,19 @@ def test_merging_is_running(block: Block) -> None:
     else:
         model.merge_adapter()
         torch.testing.assert_close(model(x), expected, **CLOSE)
+        model.merge_adapter()  # again: nothing is left to do
         with pytest.raises(ValueError, match="call unmerge_adapter"):
             model.set_adapter(block)
         model.unmerge_adapter()
         assert torch.equal(model(x), expected)
         after = {k: v.clone() for k, v in model.state_dict().items()}
         assert all(torch.equal(before[k], after[k]) for k in before)
-        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+        model.merge_adapter(adapter_names=["bitfit"])
+        if "bitfit" in model.active_adapters:
+            with pytest.raises(ValueError, match="cannot be merged upon other adapters"):
+                model.merge_adapter()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model.merge_and_unload(safe_merge=True)(x), expected, **CLOSE)
     if "Split" in repr(block):
         assert torch.equal(model(x), expected)
 

@@ -418,7 +418,10 @@ class AdaptedModel(nn.Module):
                     f"{block!r} depends on what a layer reads, so it cannot be written into the weights; "
                     "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
                 )
-            self._check_not_merged(f"merging {tree!r}")
+            if any(layer.merged_adapters and layer.merged_composition != tree for layer in self.layers()):
+                raise ValueError(
+                    f"{tree!r} cannot be merged upon other adapters; call unmerge_adapter() first"
+                )
         for name in setting.active if adapter_names is None else adapter_names:
             if not self.methods[name].mergeable:
                 raise ValueError(not_linear(name, self.methods[name]))

@@ -161,7 +161,7 @@ class SavedModel(nn.Module):
                 "low_cpu_mem_usage": low_cpu_mem_usage,
                 "key_mapping": key_mapping,
             }
-            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, **options)
+            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, options)
             fused.set_adapter(adapter_name, inference_mode=not is_trainable)
             return fused
         frozen = [p for p in model.parameters() if p.requires_grad]
@@ -202,7 +202,6 @@ class SavedModel(nn.Module):
         saved = SavedAdapter.find(
             model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
         )
-        model = cast("PeftModel", self)
         options = {
             "is_trainable": is_trainable,
             "torch_device": torch_device,
@@ -210,21 +209,28 @@ class SavedModel(nn.Module):
             "low_cpu_mem_usage": low_cpu_mem_usage,
             "key_mapping": key_mapping,
         }
-        new = adapter_name not in model.peft_config
-        with members_loaded(model, adapter_name, saved, kwargs, **options):
+        return self._take_in(saved, adapter_name, options, kwargs)
+
+    def _take_in(
+        self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
+    ) -> IncompatibleKeys:
+        """Load an adapter that was found, and the members that it needs; options are those of ``load_adapter``."""
+        model, meta = cast("PeftModel", self), options["low_cpu_mem_usage"]
+        new, is_trainable = name not in model.peft_config, options["is_trainable"]
+        with members_loaded(model, name, saved, hub, options):
             if new:
-                model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
+                model.add_adapter(name, saved.config, meta, options["autocast_adapter_dtype"])
             try:
-                with _fitted(model, adapter_name, saved.config):
-                    result = saved.put_into(model, adapter_name, low_cpu_mem_usage)
+                with _fitted(model, name, saved.config):
+                    result = saved.put_into(model, name, meta)
                     if is_trainable or not new:
-                        self._resume(adapter_name, saved, kwargs)
+                        self._resume(name, saved, hub)
             except BaseException:
                 if new:
-                    model.delete_adapter(adapter_name)
+                    model.delete_adapter(name)
                 raise
         if new or is_trainable:
-            model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
+            model.base_model.set_requires_grad(name, requires_grad=is_trainable)
         return result
 
     def _resume(self, name: str, saved: SavedAdapter, kwargs: dict[str, Any]) -> None:
