@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from inlay import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -30,6 +31,7 @@ from inlay import (
     TrainableTokensConfig,
     get_peft_model,
 )
+from inlay.method import METHODS as METHODS_BY_NAME
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- capabilities: made by docs/capability_table.py -->", "<!-- end of capabilities -->"
@@ -83,13 +85,14 @@ METHODS: dict[str, Callable[[dict[str, Any]], PeftConfig]] = {
     "SHiRA": lambda where: ShiraConfig(r=1, **where),
     "(IA)3": lambda where: IA3Config(feedforward_modules=[], **where),
     "BitFit": lambda where: BitFitConfig(**where),
+    "bottleneck adapters": lambda where: BottleneckConfig(bottleneck_size=2, **where),
     "LayerNorm tuning": lambda where: LNTuningConfig(**where),
     "trainable tokens": lambda where: TrainableTokensConfig(token_indices=[1, 2], **where),
 }
 
 
 def works_on(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
-    """Whether the adapter can be set in, starts as the identity, and its merged weights compute the same."""
+    """Whether the adapter can be set in, starts as the identity, and, if it has merged weights, these compute the same."""
     base = nn.Sequential(copy.deepcopy(layer))
     try:
         model = get_peft_model(base, config)
@@ -101,11 +104,19 @@ def works_on(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
             p.add_(torch.randn_like(p))
         before = {name: p.clone() for name, p in model.named_parameters()}
         adapted = model(x)
-        model.merge_adapter()
-        assert torch.allclose(model(x), adapted, atol=1e-4)
-        model.unmerge_adapter()
+        if merges(config):
+            model.merge_adapter()
+            assert torch.allclose(model(x), adapted, atol=1e-4)
+            model.unmerge_adapter()
+        with model.disable_adapter():
+            assert torch.allclose(model(x), layer(x), atol=1e-5)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     return True
+
+
+def merges(config: PeftConfig) -> bool:
+    """Whether the adapter can be written into the base weights."""
+    return METHODS_BY_NAME[config.method_name()].mergeable
 
 
 def takes_a_mixed_batch(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
@@ -140,7 +151,14 @@ def table() -> str:
                 found[kind] = False
         kind = next(k for k, yes in found.items() if yes)
         mixed = takes_a_mixed_batch(make({"target_modules": ["0"]}), columns[kind][0](), columns[kind][1])
-        rows.append([name, *("yes" if found[k] else "-" for k in columns), "yes", "yes" if mixed else "-"])
+        exact = merges(make({"target_modules": ["0"]}))
+        rows.append(
+            [
+                name,
+                *("yes" if found[k] else "-" for k in columns),
+                *("yes" if y else "-" for y in (exact, mixed)),
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from inlay import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -99,6 +100,7 @@ class MethodCase:
     formula: Formula
     applies: Callable[[KindCase], bool] = lambda kind: True
     additive: bool = False
+    mergeable: bool = True
 
     def can_name(self, kind: KindCase) -> bool:
         """Whether the configuration has the fields to name the layers of a kind."""
@@ -260,6 +262,12 @@ def _tokens_config(**settings: Any) -> TrainableTokensConfig:
     return TrainableTokensConfig(token_indices=TOKENS, **settings)
 
 
+def _without_a_merged_form(
+    spot: Spot, w: Tensor, b: Tensor | None, p: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    raise AssertionError("there is no merged weight")
+
+
 # ---------------------------------------------------------------------- one line for each method and each kind
 
 METHODS = [
@@ -318,6 +326,26 @@ METHODS = [
         lambda k: not k.norm,
     ),
 ]
+
+_LAST_AXIS = {"linear", "linear_no_bias", "gpt2_conv1d", "embedding", "embedding_bart", "mha", "mha_batch_first", "encoder_layer", "encoder_stack_padded", "layer_norm"}  # fmt: skip
+"""Kinds of layer whose output has its features last."""
+ON_OUTPUTS = [
+    MethodCase(
+        "bottleneck",
+        lambda **s: BottleneckConfig(bottleneck_size=3, **s),
+        _without_a_merged_form,
+        lambda k: k.name in _LAST_AXIS,
+        mergeable=False,
+    ),
+    MethodCase(
+        "bottleneck_parallel",
+        lambda **s: BottleneckConfig(bottleneck_size=3, parallel=True, ln_before=True, ln_after=True, **s),
+        _without_a_merged_form,
+        lambda k: k.name in _LAST_AXIS and "embedding" not in k.name,
+        mergeable=False,
+    ),
+]
+"""Methods that act on a layer's output by a function of their own: they have a life, but no merged layer to be held to."""
 
 _GPT2 = Spot(delta=lambda b, a: (b @ a).mT, out_axes=(1,), token_axis=1)
 _CONV = Spot(delta=conv_delta(1))
@@ -393,5 +421,7 @@ SCALE_ONLY = {"rslora"}
 PAIRS = [
     (m, k) for m in METHODS for k in KINDS if m.fits(k) and (m.name not in SCALE_ONLY or k.name == "linear")
 ]
+LIVES = PAIRS + [(m, k) for m in ON_OUTPUTS for k in KINDS if m.fits(k)]
+LIFE_IDS = [f"{method.name}-{kind.name}" for method, kind in LIVES]
 REFUSED = [(m, k) for m in METHODS for k in KINDS if not m.applies(k) and m.can_name(k)]
 PAIR_IDS = [f"{method.name}-{kind.name}" for method, kind in PAIRS]

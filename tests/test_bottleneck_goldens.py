@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapterhub_goldens import Golden, in_inlays_names
 
+from adapterhub_goldens import Golden, in_inlays_names
 from inlay import get_peft_model_state_dict
 
 CASES = [

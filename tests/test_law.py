@@ -14,7 +14,7 @@ from torch import Tensor
 from inlay import AdaptedLayer, PeftModel, get_peft_model
 from inlay.method import METHODS as REGISTERED
 from inlay.method import load_built_in
-from law_cases import DTYPES, KINDS, METHODS, PAIR_IDS, PAIRS, REFUSED, KindCase, MethodCase
+from law_cases import DTYPES, KINDS, METHODS, ON_OUTPUTS, PAIR_IDS, PAIRS, REFUSED, KindCase, MethodCase
 from law_checks import assert_close, assert_unchanged, snapshot
 from law_reference import adapted, exact_copy, parameters_of, reference
 
@@ -132,7 +132,11 @@ def test_what_cannot_be_is_refused_in_one_line_and_leaves_the_model(
 
 def test_every_registered_method_is_held_to_the_law() -> None:
     load_built_in()
-    covered = {case.on(kind).method_name() for case in METHODS for kind in KINDS[:1]}
+    covered = {case.on(kind).method_name() for case in METHODS + ON_OUTPUTS for kind in KINDS[:1]}
+    assert all(
+        REGISTERED[case.on(KINDS[0]).method_name()].mergeable == case.mergeable
+        for case in METHODS + ON_OUTPUTS
+    )
     built_in = {
         name for name, cls in REGISTERED.items() if cls.__module__.startswith("inlay.") and not cls.mixes
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model
-from law_cases import KINDS, METHODS, KindCase, MethodCase
+from law_cases import KINDS, METHODS, ON_OUTPUTS, KindCase, MethodCase
 from law_checks import assert_close, seeded, train
 from law_reference import adapted, add
 from tiny_models import output_of, tiny, tiny_inputs
@@ -94,7 +94,7 @@ def test_a_compiled_language_model_trains(settings: dict[str, Any]) -> None:
     "name",
     ["linear", "linear_no_bias", "gpt2_conv1d", "conv2d", "conv2d_groups", "embedding", "mha", "experts"],
 )
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS + ON_OUTPUTS, ids=lambda method: method.name)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_autocast_casts_as_it_does_without_an_adapter(
     method: MethodCase, name: str, base: torch.dtype

@@ -28,7 +28,7 @@ _WHERE = {
     "methods.adalora.config": "AdaLoraConfig",
     "methods.bitfit": "BitFitConfig",
     "methods.bottleneck.config": "BottleneckConfig",
-    "methods.bottleneck.sublayers": "Family register_family",
+    "methods.bottleneck.sublayers": "Family Points register_family",
     "methods.fusion": "FusionConfig",
     "methods.ia3": "IA3Config",
     "methods.ln_tuning": "LNTuningConfig",
@@ -123,6 +123,7 @@ if TYPE_CHECKING:
     from .methods.bitfit import BitFitConfig as BitFitConfig
     from .methods.bottleneck.config import BottleneckConfig as BottleneckConfig
     from .methods.bottleneck.sublayers import Family as Family
+    from .methods.bottleneck.sublayers import Points as Points
     from .methods.bottleneck.sublayers import register_family as register_family
     from .methods.fusion import FusionConfig as FusionConfig
     from .methods.ia3 import IA3Config as IA3Config

@@ -44,6 +44,11 @@ class Output(LayerKind):
         self.sublayer, self.index, self.standard = sublayer, index, False
         self.param = param if sublayer is None else f"{param} of a sub-layer"
         source = like if like is not None else layer
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            raise ValueError(
+                f"a {type(layer).__name__} puts out its channels first, and an adapter on an output works on the last axis; "
+                "choose linear layers or whole blocks"
+            )
         tensor = next((t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self.dtype = torch.get_default_dtype() if tensor is None else tensor.dtype

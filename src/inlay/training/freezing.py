@@ -204,6 +204,8 @@ def _of_mode(model: nn.Module, parameters: Sequence[NamedParameter], mode: str) 
         for slot in layer.slots.values():
             peft_type = slot.config.peft_type
             names = {slot.config.method_name().lower(), str(getattr(peft_type, "value", peft_type)).lower()}
+            if "bottleneck" in names:  # MindPet has two names for it
+                names.add("adapter" if getattr(slot.config, "low_rank", None) is None else "low_rank_adapter")
             present |= names
             if mode in names:
                 found |= {id(p) for p in slot.parameters().values()}

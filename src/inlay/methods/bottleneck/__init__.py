@@ -150,7 +150,8 @@ class Bottleneck(Method, name="BOTTLENECK"):
                 f"the output of {slot.path} is {y.shape[-1]} wide, its adapter {slot.kind.out_features}; "
                 "say the width with hidden_size"
             )
-        return self._parallel(slot, x, y) if cast("Any", slot.config).parallel else self._series(slot, x, y)
+        h = self._parallel(slot, x, y) if cast("Any", slot.config).parallel else self._series(slot, x, y)
+        return h.to(y.dtype)  # autocast normalises in float32
 
     def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         """Return what the bottleneck reads: y, the residual x, or what the model makes of both."""
@@ -172,7 +173,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
         z = self._change(slot, r)
         if (norm := slot.get("adapter_norm_after")) is not None:
             z = layer_norm(norm, z)
-        return _go_on(slot, y + z.to(y.dtype), r)
+        return _go_on(slot, y + z, r)
 
     def _series(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
         config: Any = slot.config
@@ -187,7 +188,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
                 x = model_norm(x)
             if config.residual_before_ln is False:
                 carried, with_residual = x, model_norm is None
-        z = self._change(slot, x).to(y.dtype)
+        z = self._change(slot, x)
         norm = slot.get("adapter_norm_after")
         if config.adapter_residual_before_ln:
             return _go_on(slot, layer_norm(norm, z + carried), r)
