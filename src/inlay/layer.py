@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .composed import composed_tensors, run_composed
+from .composed import run_composed
+from .composed_weights import composed_tensors
 from .config import PeftConfig
 from .in_weight import InWeight
 from .kinds import LayerKind
