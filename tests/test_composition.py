@@ -413,3 +413,30 @@ def test_other_kinds_of_layers(kind: str) -> None:
             out()
     else:
         torch.testing.assert_close(out(), torch.cat([ys[0][:2], ys[1][2:]]), **CLOSE)
+
+
+def test_threads_at_the_same_time_do_not_disturb_each_other() -> None:
+    model, x = chain("lora", "dora"), chain_input()
+    mean = run(model, Average("lora", "dora"), x).detach()
+    with model.disable_adapter():
+        base = model(x).detach()
+    wrong: list[str] = []
+
+    def work(kind: str) -> None:
+        for _ in range(50):
+            if kind == "base":
+                with model.disable_adapter():
+                    right = torch.equal(model(x), base)
+            elif kind == "route":
+                right = torch.allclose(model(x, adapter_names=["__base__"] * 3), base)
+            else:
+                right = torch.equal(model(x), mean)
+            if not right:
+                wrong.append(kind)
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ("base", "mean", "route", "mean")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
