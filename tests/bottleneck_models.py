@@ -17,6 +17,10 @@ _DECODER: dict[str, Any] = _SIZES | {"num_key_value_heads": 1, "head_dim": 8, "m
 _BART: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 24, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
 
 
+def _wav2vec2(norm_first: bool) -> Any:
+    return tf.Wav2Vec2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=[8, 8], conv_kernel=[4, 4], conv_stride=[4, 4], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, do_stable_layer_norm=norm_first)  # fmt: skip
+
+
 class Encoder(nn.Module):
     """PyTorch's own encoder."""
 
@@ -41,11 +45,20 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24, dropout=0.0, word_embed_proj_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "distilbert": lambda: tf.DistilBertForTokenClassification(tf.DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=24, dropout=0.0, attention_dropout=0.0)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(tf.ModernBertConfig(**_SIZES, max_position_embeddings=24, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)),
+    "albert": lambda: tf.AlbertForTokenClassification(tf.AlbertConfig(**_ENCODER, embedding_size=16, classifier_dropout_prob=0.0)),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, parallel_attn=False, alibi=False, bos_token_id=1, eos_token_id=2)),
+    "glm4": lambda: tf.Glm4ForCausalLM(tf.Glm4Config(**_DECODER)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**{k: v for k, v in _DECODER.items() if k != "head_dim"})),
+    "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**{k: v for k, v in _DECODER.items() if k != "head_dim"}, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2, shared_expert_intermediate_size=8)),
+    "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)),
+    "wav2vec2": lambda: tf.Wav2Vec2Model(_wav2vec2(False)),
+    "wav2vec2_first": lambda: tf.Wav2Vec2Model(_wav2vec2(True)),
     "torch_last": lambda: Encoder(norm_first=False),
     "torch_first": lambda: Encoder(norm_first=True),
 }  # fmt: skip
 MAIN = ["bert", "roberta", "deberta", "gpt2", "llama", "t5", "vit", "gemma2"]
-OTHERS = ["qwen3", "olmo2", "neox", "bart", "mbart", "opt", "distilbert", "modernbert", "mixtral", "whisper", "torch_last", "torch_first"]  # fmt: skip
+OTHERS = ["qwen3", "olmo2", "neox", "bart", "mbart", "opt", "distilbert", "modernbert", "mixtral", "whisper", "albert", "bloom", "falcon", "glm4", "phi3", "qwen2_moe", "dinov2", "wav2vec2", "wav2vec2_first", "torch_last", "torch_first"]  # fmt: skip
 SEQ2SEQ = {"t5", "bart", "mbart", "whisper"}
 
 
@@ -68,7 +81,9 @@ def inputs_for(name: str, batch: int = 3) -> dict[str, Tensor]:
     """Return inputs of a tiny model."""
     if name.startswith("torch"):
         return {"x": torch.randn(batch, 5, 16, generator=torch.Generator().manual_seed(0))}
-    found = tiny_inputs(name, batch)
+    if name.startswith("wav2vec2"):
+        return {"input_values": torch.randn(batch, 96, generator=torch.Generator().manual_seed(0))}
+    found = tiny_inputs("vit" if name == "dinov2" else name, batch)
     return found | ({"decoder_input_ids": found["input_ids"].flip(1)} if name in ("bart", "mbart") else {})
 
 

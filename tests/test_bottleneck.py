@@ -20,13 +20,14 @@ from inlay import (
     Family,
     LoraConfig,
     PeftModel,
+    PeftWarning,
     Points,
     freeze_delta,
     get_peft_model,
     get_peft_model_state_dict,
     register_family,
 )
-from inlay.methods.bottleneck import sublayers
+from inlay.methods.bottleneck import families
 from inlay.methods.bottleneck.block import Kronecker
 from inlay.methods.bottleneck.presets import PRESETS
 from inlay.output_layer import AdaptedOutput
@@ -512,14 +513,23 @@ class Strange(nn.Module):
         return x + self.think(self.norm_b(x))
 
 
-def test_unknown_blocks_and_how_to_make_them_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_blocks_and_how_to_make_them_known() -> None:
     base = nn.Sequential(Strange(), Strange())
     with pytest.raises(ValueError, match=r"target_modules.*register_family"):
         get_peft_model(base, BottleneckConfig())
-    monkeypatch.setattr(sublayers, "FAMILIES", list(sublayers.FAMILIES))
     register_family(Family("strange", Points("norm_a", "mix"), Points("norm_b", "think")))
-    model = get_peft_model(base, BottleneckConfig(bottleneck_size=2))
+    try:
+        model = get_peft_model(base, BottleneckConfig(bottleneck_size=2))
+    finally:
+        families.FAMILIES.pop(0)
     assert [s.path for s in model.base_model.slots("default")] == ["0.mix", "0.think", "1.mix", "1.think"]
+
+
+def test_blocks_of_another_kind_beside_known_ones_are_named() -> None:
+    base = model_named("gpt2")
+    base.transformer.h.append(nn.Linear(16, 16))
+    with pytest.warns(PeftWarning, match=r"transformer\.h\.2.*another structure"):
+        get_peft_model(base, BottleneckConfig(reduction_factor=4))
 
 
 def test_an_output_of_unknown_width() -> None:

@@ -28,7 +28,7 @@ _WHERE = {
     "methods.adalora.config": "AdaLoraConfig",
     "methods.bitfit": "BitFitConfig",
     "methods.bottleneck.config": "BottleneckConfig",
-    "methods.bottleneck.sublayers": "Family Points register_family",
+    "methods.bottleneck.families": "Family Points register_family",
     "methods.fusion": "FusionConfig",
     "methods.ia3": "IA3Config",
     "methods.ln_tuning": "LNTuningConfig",
@@ -122,9 +122,9 @@ if TYPE_CHECKING:
     from .methods.adalora.config import AdaLoraConfig as AdaLoraConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
     from .methods.bottleneck.config import BottleneckConfig as BottleneckConfig
-    from .methods.bottleneck.sublayers import Family as Family
-    from .methods.bottleneck.sublayers import Points as Points
-    from .methods.bottleneck.sublayers import register_family as register_family
+    from .methods.bottleneck.families import Family as Family
+    from .methods.bottleneck.families import Points as Points
+    from .methods.bottleneck.families import register_family as register_family
     from .methods.fusion import FusionConfig as FusionConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.ln_tuning import LNTuningConfig as LNTuningConfig

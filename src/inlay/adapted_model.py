@@ -378,6 +378,7 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: as ``merge_adapter``.
         """
+        self._check_one_copy(adapter_names)
         if safe_merge:  # all or nothing: the layers are merged before the first is unwrapped
             self.merge_adapter(adapter_names, safe_merge=True)
         self._check_mergeable(adapter_names)
@@ -408,6 +409,12 @@ class AdaptedModel(nn.Module):
         self._wrapped = None
         return self.model
 
+    def _check_one_copy(self, adapter_names: Sequence[str] | None) -> None:
+        """Raise ValueError where the composition to be merged runs several copies of a saved module."""
+        if adapter_names is None and self.switch.now().composition is not None:
+            for module in self.saved_modules():
+                module.current()
+
     def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
         self._check_known(adapter_names or ())
         setting = self.switch.now()
@@ -432,17 +439,20 @@ class AdaptedModel(nn.Module):
 
 
 def _merged_for_good(wrapper: nn.Module, names: Sequence[str], asked: Sequence[str] | None) -> nn.Module:
-    if isinstance(wrapper, TrainableTokensWrapper):
-        wrapper = wrapper.token_adapter
-    if isinstance(wrapper, ModulesToSaveWrapper):
-        chosen = [n for n in names if n in wrapper.modules_to_save]
-        return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
-    while isinstance(wrapper, AdaptedLayer):
+    while isinstance(wrapper, (AdaptedLayer, TrainableTokensWrapper)):
+        if isinstance(wrapper, TrainableTokensWrapper):
+            wrapper = wrapper.token_adapter
+            continue
         wrapper.merge(adapter_names=asked)
         if isinstance(wrapper, AdaptedOutput):
             wrapper.release()
         wrapper.originals = {}
         wrapper = wrapper.base_layer
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        if asked is None and wrapper.switch.now().composition is not None:
+            return wrapper.current()
+        chosen = [n for n in names if n in wrapper.modules_to_save]
+        return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     return wrapper
 
 

@@ -22,7 +22,7 @@ from .switch import Switch
 from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
-from .walk import Place, Site, adapted_layers, places, places_to_adapt, unwrapped
+from .walk import Place, Site, adapted_layers, places, places_to_adapt, unwrapped, wrappers
 
 
 @dataclass
@@ -76,6 +76,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
     method = method_by_name(config.method_name())()
     sites = method.sites(config, model, known)
     if sites is not None:
+        _check_saved(sites, saved)
         sites = [site for site in sites if site.place.path not in blocked]
     paths = (
         find_targets((path for path in known if path not in blocked), config)
@@ -111,6 +112,14 @@ def plan(model: nn.Module, config: Any) -> Plan:
     if not getattr(config, "layer_replication", None):  # which shares weights on purpose
         check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
     return Plan(method, _with_out_projections(known, layers), sites or [], saved, tokens, tied)
+
+
+def _check_saved(sites: Sequence[Site], saved: Sequence[Place]) -> None:
+    for site in sites:
+        if any(site.place is place for place in saved):
+            raise ValueError(
+                f"modules_to_save names {site.place.path}, on whose output the adapter is to act; choose one of the two"
+            )
 
 
 def _parameter_places(known: dict[str, Place], names: Iterable[str]) -> Iterable[tuple[Place, str]]:
@@ -316,9 +325,10 @@ def remove(model: nn.Module, name: str) -> None:
     for _, layer in list(adapted_layers(model)):
         if name in layer.slots:
             layer.remove(name)
+    for _, wrapper in list(wrappers(model)):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            wrapper.remove(name)
     for place in places(model).values():
-        if isinstance(place.wrapper, ModulesToSaveWrapper):
-            place.wrapper.remove(name)
         if (bare := _without_empty_wrappers(place.wrapper)) is not place.wrapper:
             place.replace(bare)
     restore_fast_paths(model)

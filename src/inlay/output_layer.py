@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -71,7 +72,7 @@ class AdaptedOutput(AdaptedLayer):
 
     def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if self.residual is None:
-            return cast("Tensor", first_input(self.get_base_layer(), args, kwargs))
+            return first_input(self.get_base_layer(), self.kind.argument, args, kwargs)
         residual = self.residual.take()
         if residual is None:
             raise RuntimeError(
@@ -98,9 +99,11 @@ class AdaptedOutput(AdaptedLayer):
         out = y
         for name in sorted({n for n in names if n != BASE and n in self.slots}):
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=y.device)
-            with self.switch.within(
-                active=(name,), route=None
-            ):  # for the model's own norm, which an adapter may use
+            # The model's norm, which the adapter may use, has rows of this adapter alone.
+            alone = (
+                nullcontext() if self.after_norm is None else self.switch.within(active=(name,), route=None)
+            )
+            with alone:
                 part = self._through(
                     [self.slots[name]], x.index_select(0, rows.to(x.device)), y.index_select(0, rows)
                 )

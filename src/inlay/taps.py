@@ -39,9 +39,16 @@ class Hung:
 
 @dataclass(frozen=True)
 class SubLayer:
-    """Where a sub-layer takes its residual from, and which normalisation the model applies to ``y + r`` (None: none)."""
+    """Where a sub-layer takes its residual from, and which normalisation the model applies to ``y + r`` (None: none).
+
+    Attributes:
+        entry: where the module hangs whose first input is r.
+        argument: the name of that input, for callers that give it by name.
+        norm: where the normalisation hangs.
+    """
 
     entry: Hung
+    argument: str
     norm: Hung | None = None
 
 
@@ -79,7 +86,8 @@ class ResidualTap(Tap):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the input, while an adapter is on that may ask for it."""
         if self.layer.acts():
-            self.park(first_input(module, args, kwargs))
+            assert self.layer.kind.sublayer is not None
+            self.park(first_input(module, self.layer.kind.sublayer.argument, args, kwargs))
 
 
 class NormTap(Tap):
@@ -105,16 +113,18 @@ def value_is_left(value: Any) -> bool:
     return value is not None and (isinstance(value, Tensor) or bool(value))
 
 
-def first_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def first_argument(module: nn.Module) -> str:
+    """Return the name of the first argument of a module's ``forward``, empty where it has none."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
+
+
+def first_input(module: nn.Module, argument: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Return a module's first input, whether it was given by place or by name.
 
     Raises:
         TypeError: there is no tensor that could be it.
     """
-    found = args[0] if args else None
-    if not args and kwargs:
-        name = next(iter(inspect.signature(module.forward).parameters), "")
-        found = kwargs.get(name, next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
+    found = args[0] if args else kwargs.get(argument)
     if not isinstance(found, Tensor):
         raise TypeError(f"{type(module).__name__} was called without a tensor as its first input")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import SubLayer
+from ..taps import SubLayer, first_argument
 from .base import LayerKind, kind_of, layer_kind
 
 
@@ -42,6 +42,7 @@ class Output(LayerKind):
         index: int | None = None,
     ) -> None:
         self.sublayer, self.index, self.standard = sublayer, index, False
+        self.argument = first_argument(layer)
         self.param = param if sublayer is None else f"{param} of a sub-layer"
         source = like if like is not None else layer
         if isinstance(layer, nn.modules.conv._ConvNd):

@@ -28,9 +28,10 @@ from ...output_layer import AdaptedOutput
 from ...targets import find_targets, matches
 from ...walk import Place, Site
 from .activations import activation
-from .block import Kronecker, LowRank, initialise, layer_norm, linear
+from .block import Kronecker, LowRank, draw_rule, initialise, layer_norm, linear, new_projection
 from .config import PLACEMENTS, BottleneckConfig
-from .sublayers import FAMILIES, find_sublayers
+from .families import FAMILIES
+from .sublayers import find_sublayers
 
 
 class Bottleneck(Method, name="BOTTLENECK"):
@@ -50,7 +51,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
         if config.target_modules:
             paths = [p for p in find_targets(known, config) if _block_of(p) not in config.leave_out]
             return [Site(known[p], _output_of(known[p], config)) for p in paths]
-        found = list(find_sublayers(known))
+        found = find_sublayers(known)
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no block whose attention and feed-forward block could be told by their names "
@@ -83,8 +84,8 @@ class Bottleneck(Method, name="BOTTLENECK"):
         size = _size(config, kind, path)
         where: dict[str, Any] = {"device": kind.device, "dtype": kind.dtype}
         columns: dict[str, Column] = {
-            "adapter_down": _projection(config, width, size, path, where),
-            "adapter_up": _projection(config, size, out, path, where),
+            "adapter_down": new_projection(config, width, size, path, where),
+            "adapter_up": new_projection(config, size, out, path, where),
         }
         if config.phm_layer:
             for name in (
@@ -130,7 +131,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
         initialise(slot["adapter_up"], config.init_weights, start_at_zero, drawn)
         for name in self.saved_buffers:
             if name in slot.columns:
-                _draw_rule(
+                draw_rule(
                     slot[name], config.phm_init_range if name == "adapter_rule" else 0.01, config.phm_c_init
                 )
         if (gate := slot.get("adapter_gate")) is not None:
@@ -247,24 +248,6 @@ def _project(slot: Slot, name: str, x: Tensor) -> Tensor:
     return cast("Tensor", projection.project(x, rule, factors))
 
 
-def _projection(
-    config: BottleneckConfig, width_in: int, width_out: int, path: str, where: dict[str, Any]
-) -> nn.Module:
-    if config.low_rank is not None:
-        return LowRank(width_in, width_out, config.low_rank, where)
-    if not config.phm_layer:
-        return nn.Linear(width_in, width_out, **where)
-    n = config.phm_dim
-    if width_in % n or width_out % n:
-        raise ValueError(
-            f"phm_dim={n} does not divide the widths {width_in} and {width_out} of the projections at {path}; "
-            "choose another phm_dim, reduction_factor or bottleneck_size"
-        )
-    return Kronecker(
-        width_in, width_out, n, config.phm_rank if config.factorized_phm_W else None, config.phm_bias, where
-    )
-
-
 def _size(config: BottleneckConfig, kind: Output, path: str) -> int:
     """Return the width of the bottleneck at a layer.
 
@@ -293,11 +276,3 @@ def _block_of(path: str) -> int | None:
 
 def _shapes(projection: Kronecker) -> list[torch.Size]:
     return [p.shape for p in projection.parameters()]
-
-
-@torch.no_grad()
-def _draw_rule(rule: Tensor, spread: float, how: str) -> None:
-    if how == "uniform":
-        rule.uniform_(-spread, spread)
-    else:
-        rule.normal_(std=spread)

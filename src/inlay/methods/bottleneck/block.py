@@ -41,7 +41,7 @@ class Kronecker(nn.Module):
             self.W_right = nn.Parameter(torch.empty(n, rank, q, **where))
         self.bias = nn.Parameter(torch.empty(width_out, **where)) if bias else None
         # Multiplications for one vector: through the factors, or with H; forming H is paid for once in a forward pass.
-        through = n * (rank or 0) * (width_in + width_out) + n**3 * (rank or 0)
+        through = n * (rank or 0) * (width_in + width_out) + (n * n * (rank or 0)) ** 2
         self.through_factors = rank is not None and through < width_in * width_out
 
     def forget_factors(self) -> None:
@@ -63,10 +63,13 @@ class Kronecker(nn.Module):
 
     def _through_factors(self, x: Tensor, rule: Tensor) -> Tensor:
         left, right = self.W_left.to(x.device, x.dtype), self.W_right.to(x.device, x.dtype)
-        rows = x.reshape(*x.shape[:-1], self.n, -1)  # x[..., a, p]: A_i mixes a, W_i maps p
-        narrow = torch.einsum("...ap,ipk->...aik", rows, left)
-        mixed = torch.einsum("iab,...aik->...bik", rule, narrow)
-        return torch.einsum("...bik,ikq->...bq", mixed, right).flatten(-2)
+        n, r = left.shape[0], left.shape[2]
+        eye_n, eye_r = (torch.eye(size, device=x.device, dtype=x.dtype) for size in (n, r))
+        mix = torch.einsum("iab,ij,kl->aikbjl", rule, eye_n, eye_r).reshape(n * n * r, n * n * r)
+        # x is n rows of in/n: each row through all W_left at once, all rows through A, each row through all W_right.
+        narrow = x.reshape(*x.shape[:-1], n, -1) @ left.transpose(0, 1).flatten(1)
+        mixed = (narrow.flatten(-2) @ mix).reshape(*x.shape[:-1], n, n * r)
+        return (mixed @ right.flatten(0, 1)).flatten(-2)
 
     def _matrix(self, x: Tensor, rule: Tensor) -> Tensor:
         w = self.W if self.rank is None else self.W_left @ self.W_right
@@ -86,6 +89,27 @@ class LowRank(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Return ``(x left) right + b``."""
         return x @ self.left.to(x.dtype) @ self.right.to(x.dtype) + self.bias.to(x.dtype)
+
+
+def new_projection(config: Any, width_in: int, width_out: int, path: str, where: dict[str, Any]) -> nn.Module:
+    """Return a projection of the form that a configuration asks for, without values.
+
+    Raises:
+        ValueError: the number of Kronecker products does not divide the widths.
+    """
+    if config.low_rank is not None:
+        return LowRank(width_in, width_out, config.low_rank, where)
+    if not config.phm_layer:
+        return nn.Linear(width_in, width_out, **where)
+    n = config.phm_dim
+    if width_in % n or width_out % n:
+        raise ValueError(
+            f"phm_dim={n} does not divide the widths {width_in} and {width_out} of the projections at {path}; "
+            "choose another phm_dim, reduction_factor or bottleneck_size"
+        )
+    return Kronecker(
+        width_in, width_out, n, config.phm_rank if config.factorized_phm_W else None, config.phm_bias, where
+    )
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -141,3 +165,12 @@ def _draw(matrix: Tensor, how: str) -> None:
         nn.init.xavier_normal_(matrix)
     else:
         nn.init.normal_(matrix, std=0.01)
+
+
+@torch.no_grad()
+def draw_rule(rule: Tensor, spread: float, how: str) -> None:
+    """Give a rule its values, of this deviation (or half range, for "uniform")."""
+    if how == "uniform":
+        rule.uniform_(-spread, spread)
+    else:
+        rule.normal_(std=spread)

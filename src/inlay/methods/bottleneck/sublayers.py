@@ -1,150 +1,20 @@
-"""Where the sub-layers of transformers are: found by the names of a block's children, without a list of models.
-
-A block is a module that holds every path of one ``Family``. For its attention and its feed-forward block the family names
-three points, as paths below the block (alternatives are divided by ``|``, the first that exists is taken):
-
-    entry    the module whose first input is the residual r
-    exit     the module whose output y is what the model adds to r: the last linear layer, or the dropout or normalisation
-             that comes right after it
-    norm     the normalisation that the model applies to y + r; empty in models that normalise first
-
-A model with other names is one more entry: ``register_family(Family(...))``.
-"""
+"""The sub-layers of a transformer, found by the names of its blocks' children (``families.py``)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from ...errors import PeftWarning
 from ...kinds import Norm, kind_of
 from ...kinds.output import own_widths
-from ...taps import Hung, SubLayer
+from ...taps import Hung, SubLayer, first_argument
 from ...walk import Place, unwrapped
-
-
-@dataclass(frozen=True)
-class Points:
-    """The three points of a sub-layer, as paths below its block."""
-
-    entry: str
-    exit: str
-    norm: str = ""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Blocks that are built alike.
-
-    Args:
-        name: what to call them in messages.
-        attention: the points of the (self-)attention.
-        feedforward: the points of the feed-forward block.
-        without: a path that tells other blocks from these, which must not exist.
-        flag: an attribute of the block and the value that it must have, such as ``("norm_first", True)``.
-        calls_first: of the attention and its normalisation, which the block's ``forward`` names first; for families that
-            differ in nothing else.
-    """
-
-    name: str
-    attention: Points
-    feedforward: Points
-    without: str = ""
-    flag: tuple[str, Any] | None = None
-    calls_first: str = ""
-
-
-_BART = Points("self_attn", "self_attn.out_proj", "self_attn_layer_norm")
-_BART_FEEDFORWARD = Points("fc1", "fc2", "final_layer_norm")
-_PRE_BART = Points("self_attn_layer_norm", "self_attn.out_proj")
-_PRE_BART_FEEDFORWARD = Points("final_layer_norm", "fc2")
-
-FAMILIES: list[Family] = [
-    Family(
-        "PyTorch, norm last",
-        Points("self_attn", "dropout1", "norm1"),
-        Points("linear1", "dropout2", "norm2"),
-        without="multihead_attn",
-        flag=("norm_first", False),
-    ),
-    Family(
-        "PyTorch, norm first",
-        Points("norm1", "dropout1"),
-        Points("norm2", "dropout2"),
-        without="multihead_attn",
-        flag=("norm_first", True),
-    ),
-    Family(
-        "BERT",
-        Points("attention", "attention.output.dropout", "attention.output.LayerNorm"),
-        Points("intermediate", "output.dropout", "output.LayerNorm"),
-    ),
-    Family("ViT", Points("layernorm_before", "attention.o_proj"), Points("layernorm_after", "mlp.fc2")),
-    Family(
-        "ViT before transformers 5",
-        Points("layernorm_before", "attention.output.dropout"),
-        Points("layernorm_after", "output.dropout"),
-        without="mlp",
-    ),
-    Family(
-        "GPT-2",
-        Points("ln_1", "attn.resid_dropout|attn.attention.resid_dropout"),
-        Points("ln_2|ln_1", "mlp.dropout"),
-    ),
-    Family(
-        "Gemma 2",
-        Points("input_layernorm", "post_attention_layernorm"),
-        Points("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ),
-    Family(
-        "OLMo 2",
-        Points("self_attn", "post_attention_layernorm"),
-        Points("mlp", "post_feedforward_layernorm"),
-        without="input_layernorm",
-    ),
-    Family(
-        "GPT-NeoX",
-        Points("input_layernorm", "post_attention_dropout"),
-        Points("post_attention_layernorm", "post_mlp_dropout"),
-    ),
-    Family(
-        "Llama",
-        Points("input_layernorm", "resid_attn_dropout|self_attn.o_proj|self_attn.dense"),
-        Points("post_attention_layernorm|input_layernorm", "resid_mlp_dropout|mlp.down_proj|mlp.fc2|mlp"),
-        without="pre_feedforward_layernorm",
-    ),
-    Family(
-        "T5 decoder",
-        Points("layer.0.layer_norm", "layer.0.dropout"),
-        Points("layer.2.layer_norm", "layer.2.dropout"),
-    ),
-    Family(
-        "T5 encoder",
-        Points("layer.0.layer_norm", "layer.0.dropout"),
-        Points("layer.1.layer_norm", "layer.1.dropout"),
-        without="layer.1.EncDecAttention",
-    ),
-    Family("OPT, norm first", _PRE_BART, _PRE_BART_FEEDFORWARD, flag=("do_layer_norm_before", True)),
-    Family("OPT, norm last", _BART, _BART_FEEDFORWARD, flag=("do_layer_norm_before", False)),
-    Family("BART", _BART, _BART_FEEDFORWARD, calls_first="attention"),
-    Family("mBART, Whisper", _PRE_BART, _PRE_BART_FEEDFORWARD, calls_first="norm"),
-    Family(
-        "DistilBERT",
-        Points("attention", "attention.out_lin", "sa_layer_norm"),
-        Points("ffn", "ffn.dropout", "output_layer_norm"),
-    ),
-    Family("CLIP", Points("layer_norm1", "self_attn.out_proj"), Points("layer_norm2", "mlp.fc2")),
-    Family("ModernBERT", Points("attn_norm", "attn.out_drop"), Points("mlp_norm", "mlp.Wo")),
-]
-"""The families that are known; the first that fits a block is taken."""
-
-
-def register_family(family: Family) -> None:
-    """Make another family of blocks known; it is asked before those that are there."""
-    FAMILIES.insert(0, family)
+from .families import FAMILIES, Family, Points
 
 
 @dataclass(frozen=True)
@@ -158,45 +28,66 @@ class Found:
     sublayer: SubLayer
 
 
-def find_sublayers(known: Mapping[str, Place]) -> Iterator[Found]:
-    """Yield the sub-layers of a model, blocks in their order, the attention before the feed-forward block.
+def find_sublayers(known: Mapping[str, Place]) -> list[Found]:
+    """Return the sub-layers of a model, blocks in their order, the attention before the feed-forward block.
+
+    Blocks that stand in one list with others, but are not known, are named in a warning.
 
     Args:
         known: every module of the bare model by its path.
     """
-    block = 0
-    for path in ("", *known):
-        prefix = f"{path}." if path else ""
-        family = next((f for f in FAMILIES if _fits(f, known, path, prefix)), None)
-        if family is None:
-            continue
-        for part in ("attention", "feedforward"):
-            yield _found(block, part, getattr(family, part), known, prefix)
-        block += 1
+    families = {path: f for path in ("", *known) if (f := _family_of(path, known)) is not None}
+    _warn_of_strangers(families, known)
+    return [
+        _found(block, part, getattr(family, part), known, _prefix(path))
+        for block, (path, family) in enumerate(families.items())
+        for part in ("attention", "feedforward")
+    ]
 
 
-def _fits(family: Family, known: Mapping[str, Place], path: str, prefix: str) -> bool:
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def _family_of(path: str, known: Mapping[str, Place]) -> Family | None:
+    return next((family for family in FAMILIES if _fits(family, known, path)), None)
+
+
+def _fits(family: Family, known: Mapping[str, Place], path: str) -> bool:
+    prefix = _prefix(path)
     points = (family.attention, family.feedforward)
-    for names in (name for p in points for name in (p.entry, p.exit, p.norm) if name):
-        if _resolve(names, known, prefix) is None:
-            return False
+    if any(
+        _resolve(name, known, prefix) is None for p in points for name in (p.entry, p.exit, p.norm) if name
+    ):
+        return False
     if family.without and prefix + family.without in known:
         return False
-    if family.flag is None and not family.calls_first:
-        return True
     block = known[path].module if path else None
-    if family.flag is not None:
-        return bool(getattr(block, family.flag[0], None) == family.flag[1])
-    return block is not None and _called_first(block, family) == family.calls_first
+    if family.flag is not None and getattr(block, family.flag[0], None) != family.flag[1]:
+        return False
+    return family.order is None or (block is not None and _names_in_order(block, *family.order))
 
 
-def _called_first(block: nn.Module, family: Family) -> str:
-    """Return whether a block's ``forward`` names its attention or the normalisation before it first."""
+def _names_in_order(block: nn.Module, first: str, second: str) -> bool:
+    """Whether a block's ``forward`` names one of its children before another."""
     names = inspect.unwrap(type(block).forward).__code__.co_names
-    norm, attention = "self_attn_layer_norm", family.attention.exit.partition(".")[0]
-    if norm not in names or attention not in names:
-        return ""
-    return "norm" if names.index(norm) < names.index(attention) else "attention"
+    return first in names and second in names and names.index(first) < names.index(second)
+
+
+def _warn_of_strangers(families: Mapping[str, Family], known: Mapping[str, Place]) -> None:
+    lists = {known[path].inside[-1] for path in families if path}
+    strangers = [
+        path
+        for path, place in known.items()
+        if path not in families and isinstance(place.inside[-1], nn.ModuleList) and place.inside[-1] in lists
+    ]
+    if strangers:
+        warnings.warn(
+            f"the blocks {strangers} have another structure than those beside them and get no adapter; describe them with "
+            "inlay.register_family, or name modules with target_modules",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def _resolve(names: str, known: Mapping[str, Place], prefix: str) -> Place | None:
@@ -208,7 +99,11 @@ def _found(block: int, part: str, points: Points, known: Mapping[str, Place], pr
     norm = _resolve(points.norm, known, prefix) if points.norm else None
     assert entry is not None and last is not None
     like = _like(last, norm, entry)
-    sublayer = SubLayer(Hung(*entry.parents[0]), None if norm is None else Hung(*norm.parents[0]))
+    sublayer = SubLayer(
+        Hung(*entry.parents[0]),
+        first_argument(entry.module),
+        None if norm is None else Hung(*norm.parents[0]),
+    )
     return Found(block, part, last, like, sublayer)
 
 
