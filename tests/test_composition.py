@@ -153,13 +153,19 @@ def test_merging_is_running(block: Block) -> None:
     else:
         model.merge_adapter()
         torch.testing.assert_close(model(x), expected, **CLOSE)
+        model.merge_adapter()  # again: nothing is left to do
         with pytest.raises(ValueError, match="call unmerge_adapter"):
             model.set_adapter(block)
         model.unmerge_adapter()
         assert torch.equal(model(x), expected)
         after = {k: v.clone() for k, v in model.state_dict().items()}
         assert all(torch.equal(before[k], after[k]) for k in before)
-        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+        model.merge_adapter(adapter_names=["bitfit"])
+        if "bitfit" in model.active_adapters:
+            with pytest.raises(ValueError, match="cannot be merged upon other adapters"):
+                model.merge_adapter()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model.merge_and_unload(safe_merge=True)(x), expected, **CLOSE)
     if "Split" in repr(block):
         assert torch.equal(model(x), expected)
 
@@ -407,3 +413,30 @@ def test_other_kinds_of_layers(kind: str) -> None:
             out()
     else:
         torch.testing.assert_close(out(), torch.cat([ys[0][:2], ys[1][2:]]), **CLOSE)
+
+
+def test_threads_at_the_same_time_do_not_disturb_each_other() -> None:
+    model, x = chain("lora", "dora"), chain_input()
+    mean = run(model, Average("lora", "dora"), x).detach()
+    with model.disable_adapter():
+        base = model(x).detach()
+    wrong: list[str] = []
+
+    def work(kind: str) -> None:
+        for _ in range(50):
+            if kind == "base":
+                with model.disable_adapter():
+                    right = torch.equal(model(x), base)
+            elif kind == "route":
+                right = torch.allclose(model(x, adapter_names=["__base__"] * 3), base)
+            else:
+                right = torch.equal(model(x), mean)
+            if not right:
+                wrong.append(kind)
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ("base", "mean", "route", "mean")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

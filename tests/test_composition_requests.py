@@ -164,8 +164,13 @@ def test_an_average_has_the_average_of_the_heads() -> None:
     ]:
         torch.testing.assert_close(run_head(model, block, x), expected)
     model.set_adapter(Average("a", "b"))
-    with pytest.raises(ValueError, match="needs several copies of a module that is read"):
-        _ = wrapper.weight
+    for needs_one in (lambda: wrapper.weight, model.merge_and_unload):
+        with pytest.raises(ValueError, match="runs several copies of a saved Linear"):
+            needs_one()
+    model.set_adapter(Stack(Average("c"), "b"))
+    ids = torch.randint(10, (3, 4))
+    y = model(ids)
+    torch.testing.assert_close(model.merge_and_unload()(ids), y)
 
 
 def run_head(model: PeftModel, asked: Any, x: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def test_only_the_fusion_is_trained_and_can_be_switched() -> None:
     y.square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert torch.equal(run(model, "lora", x), alone)
+    with pytest.raises(ValueError, match=r"runs its members \['lora', 'wide'\] itself"):
+        model.set_adapter(["lora", "wide", "mix"])
     model.peft_config["mix"].train_members = True  # type: ignore[attr-defined]
     model.set_adapter("mix")
     assert sum(p.requires_grad for p in model.parameters()) == 4 * 4 + 2 * 2 * 4
@@ -194,6 +196,11 @@ def test_a_fusion_is_saved_with_its_members_and_loaded_with_them(tmp_path: Path)
     trained = PeftModel.from_pretrained(again.unload(), tmp_path, subfolder="mix", is_trainable=True)
     assert torch.equal(trained(x), y)
     assert all(("fusion" in n) == p.requires_grad for n, p in trained.named_parameters())
+
+    hot = FusionConfig(members=["lora", "dora"], temperature=100.0)
+    torch.manual_seed(1)
+    changed = PeftModel.from_pretrained(Chain().double(), tmp_path / "mix", adapter_name="mix", config=hot)
+    assert not torch.allclose(changed(x), y)
 
     third = chain("lora")
     third.load_adapter(tmp_path / "mix", "other")

@@ -404,6 +404,7 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: as ``merge_adapter``.
         """
+        self._check_one_copy(adapter_names)
         if safe_merge:  # all or nothing: the layers are merged before the first is unwrapped
             self.merge_adapter(adapter_names, safe_merge=True)
         self._check_mergeable(adapter_names)
@@ -435,6 +436,12 @@ class AdaptedModel(nn.Module):
         self._wrapped = None
         return self.model
 
+    def _check_one_copy(self, adapter_names: Sequence[str] | None) -> None:
+        """Raise ValueError where the composition to be merged runs several copies of a saved module."""
+        if adapter_names is None and self.switch.now().composition is not None:
+            for module in self.saved_modules():
+                module.current()
+
     def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
         self._check_known(adapter_names or ())
         setting = self.switch.now()
@@ -445,7 +452,10 @@ class AdaptedModel(nn.Module):
                     f"{block!r} depends on what a layer reads, so it cannot be written into the weights; "
                     "a Stack or an Average of adapters can, and so can one adapter: adapter_names=[...]"
                 )
-            self._check_not_merged(f"merging {tree!r}")
+            if any(layer.merged_adapters and layer.merged_composition != tree for layer in self.layers()):
+                raise ValueError(
+                    f"{tree!r} cannot be merged upon other adapters; call unmerge_adapter() first"
+                )
         wanted = setting.active if adapter_names is None else adapter_names
         if prompts := [name for name in wanted if name in self.prompts]:
             raise ValueError(
@@ -472,6 +482,8 @@ def _merged_for_good(wrapper: nn.Module, names: Sequence[str], asked: Sequence[s
         wrapper.originals = {}
         wrapper = wrapper.base_layer
     if isinstance(wrapper, ModulesToSaveWrapper):
+        if asked is None and wrapper.switch.now().composition is not None:
+            return wrapper.current()
         chosen = [n for n in names if n in wrapper.modules_to_save]
         return wrapper.modules_to_save[chosen[0]] if chosen else wrapper.original_module
     return wrapper

@@ -45,6 +45,7 @@ def choose(asked: Child | Sequence[Child], configs: Mapping[str, Any]) -> Choice
     if isinstance(tree, str) or (isinstance(tree, Stack) and all(isinstance(c, str) for c in tree.children)):
         return Choice(names)
     fused = [block for block in blocks_in(tree) if isinstance(block, Fuse)]
+    _check_members_run_once(tree)
     frozen = {m for f in fused if not configs[str(f.name)].train_members for m in names_in(f) if m != f.name}
     return Choice(names, tree, frozenset(frozen))
 
@@ -100,6 +101,17 @@ def _named(node: Fuse, configs: Mapping[str, Any]) -> Fuse:
             f"several fusions have the members {list(node.children)}: name one of {found} in {node!r}"
         )
     return Fuse(*configs[found[0]].members, name=node.name or found[0])
+
+
+def _check_members_run_once(tree: Child) -> None:
+    """Refuse a stack of a fusion and its own members: somebody has taken ``active_adapters`` for what was asked."""
+    for block in blocks_in(tree):
+        if isinstance(block, Stack):
+            for fusion in (child for child in block.children if isinstance(child, Fuse)):
+                if twice := [child for child in block.children if child in fusion.children]:
+                    raise ValueError(
+                        f"the fusion {fusion.name!r} runs its members {twice} itself; name the fusion alone, or a block"
+                    )
 
 
 def _check_nesting(tree: Child) -> None:

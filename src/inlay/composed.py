@@ -16,24 +16,24 @@ difference of two outputs, each by the adapter's own fastest path. What does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .composed_parts import Node, dividing, flat, pairs_of, pruned, slots_of, stack_of
+from .composed_weights import composed_tensors
 from .composition import (
     Average,
     BatchSplit,
     Block,
-    Child,
     Fuse,
     Parallel,
     Split,
     Stack,
     beyond_weights,
-    blocks_in,
     names_in,
 )
 from .method import Slot
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from .layer import AdaptedLayer
     from .taps import Tap
 
-Node = Child | None
-"""A part of a composition as one layer sees it: None is the base layer alone."""
-
 
 def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a layer under a composition.
@@ -52,7 +49,7 @@ def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwar
     Raises:
         ValueError: the composition has no meaning on this layer.
     """
-    here = _pruned(layer, tree)
+    here = pruned(layer, tree)
     if isinstance(here, Block) and not layer.kind.direct and beyond_weights(here) is None:
         return layer._run_with(composed_tensors(layer, here), x, *args, **kwargs)
     return _Pass(layer, args, kwargs).output((here,), x)
@@ -74,19 +71,6 @@ def after_composed(layer: AdaptedLayer, tree: Block, x: Tensor, y: Tensor, norm:
     return _Pass(layer, norm=norm).after(tree, x, y)
 
 
-def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:
-    """Return the base layer's parameters as a composition would have them.
-
-    Raises:
-        ValueError: it does more than weights can say.
-    """
-    if (block := beyond_weights(tree)) is not None:
-        raise ValueError(f"{block!r} depends on what a layer reads, so it cannot be written into a weight")
-    here = _pruned(layer, tree)
-    layer.check_mergeable(list(_slots(layer, here)))
-    return layer.merged_tensors(lambda w, b: _merged(layer, here, w, b))
-
-
 class _Pass:
     """One forward pass of one layer."""
 
@@ -97,7 +81,7 @@ class _Pass:
 
     def output(self, stack: tuple[Node, ...], x: Tensor) -> Any:
         """Return what the layer puts out under parts that act one after the other."""
-        stack = _flat(stack)
+        stack = flat(stack)
         if all(isinstance(node, str) for node in stack):
             return self._run([self.layer.slots[str(node)] for node in stack], x)
         head, last = stack[:-1], stack[-1]
@@ -122,8 +106,8 @@ class _Pass:
                 y = self.after(child, x, y)
             return y
         if isinstance(node, Average):
-            pairs = [(child, w) for child, w in _zip(node, node.weights) if self._sits(child)]
-            return y + _sum([w * self.change(child, x, y) for child, w in pairs]) if pairs else y
+            pairs = [(child, w) for child, w in pairs_of(node, node.weights) if self._sits(child)]
+            return y + _weighted([(w, self.change(child, x, y)) for child, w in pairs]) if pairs else y
         if isinstance(node, Fuse):
             changes = [self.change(child, x, y) for child in node.children if self._sits(child)]
             if len(changes) > 1:
@@ -132,7 +116,7 @@ class _Pass:
         axis, sizes = self._parts(node, y)
         halves = zip(torch.split(x, sizes, axis), torch.split(y, sizes, axis), strict=True)
         parts = []
-        for child, (x_part, y_part) in _zip(node, halves):
+        for child, (x_part, y_part) in pairs_of(node, halves):
             with self._under(child):
                 parts.append(self.after(child, x_part, y_part))
             self._check_norm(child)
@@ -140,7 +124,7 @@ class _Pass:
 
     def change(self, node: Node, x: Tensor, y: Tensor) -> Tensor:
         """Return what a part adds to an output: of one that only adds, without the rounding of a difference."""
-        slots = list(_slots(self.layer, node))
+        slots = list(slots_of(self.layer, node))
         if isinstance(node, str):
             self._forget_norm()
             change = slots[0].method.change(slots[0], x, y)
@@ -189,28 +173,28 @@ class _Pass:
 
     def _averaged(self, head: tuple[Node, ...], node: Average, x: Tensor) -> Tensor:
         """Return ``(1 - sum of w_i) y + sum of w_i y_i`` over children with paths of their own, and add the others' changes."""
-        present = [(child, w) for child, w in _zip(node, node.weights) if child is not None]
+        present = [(child, w) for child, w in pairs_of(node, node.weights) if child is not None]
         own = [(child, w) for child, w in present if not self._acts_after(child)]
         others = [(child, w) for child, w in present if self._acts_after(child)]
         rest = 1.0 - sum(w for _, w in own)
-        terms = [w * self.output((*head, child), x) for child, w in own]
-        if others or abs(rest) > 1e-12:
-            y = self.output(head, x)
-            terms.append(y if rest == 1.0 else rest * y)
-            terms += [w * self.change(child, x, y) for child, w in others]
-        return _sum(terms)
+        terms = [(w, self.output((*head, child), x)) for child, w in own]
+        if not others and abs(rest) <= 1e-12:
+            return _weighted(terms)
+        y = self.output(head, x)
+        terms += [(w, self.change(child, x, y)) for child, w in others]
+        return torch.add(_weighted(terms), y, alpha=rest)
 
     def _change_upon(self, head: tuple[Node, ...], child: Node, x: Tensor, y: Tensor) -> Tensor:
         return self.change(child, x, y) if self._acts_after(child) else self.output((*head, child), x) - y
 
     def _divided(self, head: tuple[Node, ...], node: Block, x: Tensor) -> Tensor:
         """Run each part of the input through everything that comes before the block, and its own child."""
-        if (block := _dividing(head)) is not None:
+        if (block := dividing(head)) is not None:
             raise ValueError(
                 f"{node!r} cannot divide what {block!r} has divided: one of its adapters changes the layer's weight"
             )
         axis, sizes = self._parts(node, x)
-        parts = _zip(node, torch.split(x, sizes, axis))
+        parts = pairs_of(node, torch.split(x, sizes, axis))
         # Contiguous, because GPT-2's layers view their input; parts along the first axis are so already.
         return torch.cat([self.output((*head, child), part.contiguous()) for child, part in parts], axis)
 
@@ -218,7 +202,7 @@ class _Pass:
         """Run an adapter that changes the weight, such as DoRA, upon blocks: in their merged weight."""
         before = head[-1]
         if isinstance(before, (Split, BatchSplit, Parallel)):
-            children = [_stack_of(child, name) for child in before.children]
+            children = [stack_of(child, name) for child in before.children]
             return self.output((*head[:-1], before.with_children(children)), x)
         tree = Stack(*head, name)  # type: ignore[arg-type]
         if (block := beyond_weights(tree)) is not None:
@@ -238,10 +222,10 @@ class _Pass:
         return y + slot.method.mix(slot, first.method.query(first, x, y), changes)
 
     def _sits(self, node: Node) -> bool:
-        return next(_slots(self.layer, node), None) is not None
+        return next(slots_of(self.layer, node), None) is not None
 
     def _acts_after(self, node: Node) -> bool:
-        return all(_acts_after(slot) for slot in _slots(self.layer, node))
+        return all(_only_adds(slot) for slot in slots_of(self.layer, node))
 
     def _parts(self, node: Block, x: Tensor) -> tuple[int, list[int]]:
         """Return the axis along which a block divides the input, and the sizes of the parts."""
@@ -271,98 +255,14 @@ class _Pass:
         return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
 
 
-# ---------------------------------------------------------------------- blocks as a layer sees them
-
-
-def _pruned(layer: AdaptedLayer, node: Child) -> Node:
-    """Leave out what does not sit on the layer. Blocks that weigh or divide keep a child's place."""
-    if not isinstance(node, Block):
-        return node if node in layer.slots else None
-    children = [_pruned(layer, child) for child in node.children]
-    present = [child for child in children if child is not None]
-    if not present:
-        return None
-    if isinstance(node, (Stack, Fuse)):  # a softmax over one member is 1
-        return present[0] if len(present) == 1 else node.with_children(present)
-    return node.with_children(children)  # type: ignore[arg-type]
-
-
-def _slots(layer: AdaptedLayer, node: Node) -> Iterator[Slot]:
-    if isinstance(node, Block):
-        for child in node.children:
-            yield from _slots(layer, child)
-    elif node is not None and node in layer.slots:
-        yield layer.slots[node]
-
-
-def _flat(stack: tuple[Node, ...]) -> tuple[Node, ...]:
-    found: list[Node] = []
-    for node in stack:
-        if isinstance(node, Stack):
-            found += _flat(node.children)
-        elif node is not None:
-            found.append(node)
-    return tuple(found)
-
-
-def _stack_of(*nodes: Node) -> Child:
-    present = [node for node in nodes if node is not None]
-    return present[0] if len(present) == 1 else Stack(*present)
-
-
-def _dividing(stack: tuple[Node, ...]) -> Block | None:
-    inside = (block for node in stack if node is not None for block in blocks_in(node))
-    return next((block for block in inside if isinstance(block, (Split, BatchSplit, Parallel))), None)
-
-
-def _acts_after(slot: Slot) -> bool:
-    """Whether an adapter acts on an output, whatever that comes from."""
-    return _only_adds(slot)
-
-
 def _only_adds(slot: Slot) -> bool:
+    """Whether an adapter adds to an output, whatever that comes from."""
     return slot.method.additive and slot.method.works_on_activations() and slot.kind.direct
 
 
-def _zip(node: Block, values: Any) -> Iterator[tuple[Any, Any]]:
-    return zip(node.children, values, strict=True)
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+def _weighted(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    (weight, first), *others = terms
+    total = weight * first
+    for weight, term in others:
+        total = torch.add(total, term, alpha=weight)
     return total
-
-
-def _merged(layer: AdaptedLayer, node: Node, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and bias that a stack or an average makes of these."""
-    if node is None:
-        return w, b
-    if not isinstance(node, Block):
-        slot = layer.slots[node]
-        return slot.method.merge(slot, w, b)
-    if isinstance(node, Average):
-        return _merged_average(node, w, b, lambda child: _merged(layer, child, w, b), layer.kind.widen)
-    for child in node.children:
-        w, b = _merged(layer, child, w, b)
-    return w, b
-
-
-def _merged_average(
-    node: Average,
-    w: Tensor,
-    b: Tensor | None,
-    merged: Callable[[Node], tuple[Tensor, Tensor | None]],
-    widen: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    total_w, total_b = w, b
-    for child, share in _zip(node, node.weights):
-        w_i, b_i = merged(child)
-        if w_i.shape != w.shape:  # a low-rank update joins the groups of a convolution
-            w, total_w = widen(w), widen(total_w) if total_w.shape != w_i.shape else total_w
-        total_w = total_w + share * (w_i - w)
-        if b_i is not None:
-            zero = torch.zeros_like(b_i)
-            total_b = (zero if total_b is None else total_b) + share * (b_i - (zero if b is None else b))
-    return total_w, total_b

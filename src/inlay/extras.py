@@ -47,7 +47,10 @@ class ModulesToSaveWrapper(nn.Module):
         if setting.composition is not None and setting.enabled:
             chosen = chosen_copy(setting.composition, self._copies(), self.original_module)
             if isinstance(chosen, Block):
-                raise ValueError(f"{chosen!r} needs several copies of a module that is read, not called")
+                raise ValueError(
+                    f"{chosen!r} runs several copies of a saved {type(self.original_module).__name__}, so there is no single "
+                    "one to read or to keep"
+                )
             return chosen
         names = [n for n in setting.active if n in self.modules_to_save] if setting.enabled else []
         return self.modules_to_save[names[0]] if names else self.original_module

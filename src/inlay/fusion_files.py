@@ -28,7 +28,7 @@ def with_members(names: list[str], model: PeftModel) -> list[str]:
 
 @contextmanager
 def members_loaded(
-    model: PeftModel, name: str, saved: SavedAdapter, hub: dict[str, Any], **options: Any
+    model: PeftModel, name: str, saved: SavedAdapter, hub: dict[str, Any], options: dict[str, Any]
 ) -> Iterator[None]:
     """Load the members that a fusion lacks, and take them out again if what is done inside fails.
 
@@ -37,7 +37,7 @@ def members_loaded(
         name: the fusion's name in the model.
         saved: the fusion, as it was found; other adapters need nothing here.
         hub: how it was found: subfolder, revision, token, ...
-        **options: passed to ``load_adapter``.
+        options: passed to ``load_adapter``.
 
     Raises:
         ValueError: a member is neither loaded nor beside the fusion.
@@ -62,7 +62,7 @@ def model_with_fusion(
     name: str,
     saved: SavedAdapter,
     hub: dict[str, Any],
-    **options: Any,
+    options: dict[str, Any],
 ) -> PeftModel:
     """Return a new ``PeftModel`` of the class with a saved fusion and its members. If it fails, the model is as it was.
 
@@ -72,7 +72,7 @@ def model_with_fusion(
         name: name to give the fusion.
         saved: the fusion, as it was found.
         hub: how it was found: subfolder, revision, token, ...
-        **options: passed to ``load_adapter``.
+        options: passed to ``from_pretrained`` of the members.
 
     Raises:
         ValueError: a member is not beside the fusion.
@@ -80,10 +80,9 @@ def model_with_fusion(
     first = _members(saved, name)[0]
     origin, arguments = _place_of(first, saved.origin, hub)
     frozen = [p for p in model.parameters() if p.requires_grad]
-    options.pop("torch_device", None)
     fused: PeftModel = cls.from_pretrained(model, origin, first, **options, **arguments)
     try:
-        fused.load_adapter(saved.origin, name, **options, **hub)
+        fused._take_in(saved, name, options | {"torch_device": None}, hub)
     except BaseException:
         fused.unload()
         for p in frozen:

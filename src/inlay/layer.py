@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .composed import composed_tensors, run_composed
+from .composed import run_composed
+from .composed_weights import composed_tensors
 from .config import PeftConfig
 from .in_weight import InWeight
 from .kernels.autocast import outside_autocast
@@ -286,7 +287,7 @@ class AdaptedLayer(SlottedLayer):
             return
         for slot in slots:
             if slot.owner is not None:  # first, so that the tied weight can be shared again
-                slot.owner.layer.merge(safe_merge, names)
+                slot.owner.layer.merge(safe_merge, names if tree is None else None)
         tensors = self.adapted_tensors(slots) if tree is None else composed_tensors(self, tree)
         if safe_merge and not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(
@@ -296,6 +297,7 @@ class AdaptedLayer(SlottedLayer):
             self.originals.setdefault(key, getattr(self.host, key))
             self._install(key, self._parameter_for(key, value, slots))
         self.merged_adapters += [slot.name for slot in slots]
+        self.merged_composition = tree
 
     def _parameter_for(self, key: str, value: Tensor, slots: Sequence[Slot]) -> nn.Parameter:
         if key != self.kind.param:
@@ -313,7 +315,7 @@ class AdaptedLayer(SlottedLayer):
             self.inside.leave()
         for key, parameter in self.originals.items():
             self._install(key, parameter)
-        self.originals, self.merged_adapters = {}, []
+        self.originals, self.merged_adapters, self.merged_composition = {}, [], None
 
     def _install(self, key: str, parameter: nn.Parameter) -> None:
         if key == self.kind.param:

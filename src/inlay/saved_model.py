@@ -159,23 +159,21 @@ class SavedModel(nn.Module):
             model, model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs
         )
         chosen = class_for(saved.config, cast("type[PeftModel]", cls))
+        options = {
+            "is_trainable": is_trainable,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+            "key_mapping": key_mapping,
+        }
         if is_fusion(saved.config):
-            options = {
-                "is_trainable": is_trainable,
-                "autocast_adapter_dtype": autocast_adapter_dtype,
-                "low_cpu_mem_usage": low_cpu_mem_usage,
-                "key_mapping": key_mapping,
-            }
-            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, **options)
+            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, options)
             fused.set_adapter(adapter_name, inference_mode=not is_trainable)
             return fused
         frozen = [p for p in model.parameters() if p.requires_grad]
         peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
             peft_model._put(adapter_name, saved, low_cpu_mem_usage, is_trainable)
-            others = peft_model._add_others(
-                adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
-            )
+            others = peft_model._take_in_others(saved, adapter_name, options, kwargs)
         except BaseException:
             peft_model.unload()
             for p in frozen:
@@ -204,8 +202,7 @@ class SavedModel(nn.Module):
         Returns:
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
-        model = cast("PeftModel", self)
-        base = model.get_base_model()
+        base = cast("PeftModel", self).get_base_model()
         saved = SavedAdapter.find(
             base, model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
         )
@@ -216,24 +213,28 @@ class SavedModel(nn.Module):
             "low_cpu_mem_usage": low_cpu_mem_usage,
             "key_mapping": key_mapping,
         }
-        new = adapter_name not in model.peft_config
-        with members_loaded(model, adapter_name, saved, kwargs, **options):
+        return self._take_in(saved, adapter_name, options, kwargs)
+
+    def _take_in(
+        self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
+    ) -> IncompatibleKeys:
+        """Load an adapter that was found, and the members that it needs; options are those of ``load_adapter``."""
+        model, meta = cast("PeftModel", self), options["low_cpu_mem_usage"]
+        new, is_trainable = name not in model.peft_config, options["is_trainable"]
+        with members_loaded(model, name, saved, hub, options):
             if new:
-                model.add_adapter(adapter_name, saved.config, low_cpu_mem_usage, autocast_adapter_dtype)
+                model.add_adapter(name, saved.config, meta, options["autocast_adapter_dtype"])
             try:
-                with _fitted(model, adapter_name, saved.config):
-                    resume = is_trainable or not new
-                    result = self._put(adapter_name, saved, low_cpu_mem_usage, resume)
+                with _fitted(model, name, saved.config):
+                    result = self._put(name, saved, meta, is_trainable or not new)
                 if new:
-                    self._add_others(
-                        adapter_name, saved, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
-                    )
+                    self._take_in_others(saved, name, options, hub)
             except BaseException:
                 if new:
-                    model.delete_adapter(adapter_name)
+                    model.delete_adapter(name)
                 raise
         if new or is_trainable:
-            model.base_model.set_requires_grad(adapter_name, requires_grad=is_trainable)
+            model.base_model.set_requires_grad(name, requires_grad=is_trainable)
         return result
 
     def _put(self, name: str, saved: SavedAdapter, low_cpu_mem_usage: bool, resume: bool) -> IncompatibleKeys:
@@ -250,28 +251,20 @@ class SavedModel(nn.Module):
             adapted.methods[name].load_state(list(adapted.own_slots(name)), saved.remembered())
         return result
 
-    def _add_others(
-        self,
-        name: str,
-        saved: SavedAdapter,
-        is_trainable: bool,
-        autocast_adapter_dtype: bool,
-        low_cpu_mem_usage: bool,
+    def _take_in_others(
+        self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
     ) -> list[str]:
-        """Add what a folder holds beside an adapter, as ``<name>_<what it is>``; all of it or nothing. Return the names."""
-        model, added = cast("PeftModel", self), []
+        """Load what a folder holds beside an adapter, all of it or nothing, and return the names: ``<name>_<what it is>``."""
+        loaded: list[str] = []
         try:
             for kind, part in saved.others.items():
-                own = f"{name}_{kind}"
-                model.add_adapter(own, part.config, low_cpu_mem_usage, autocast_adapter_dtype)
-                added.append(own)
-                self._put(own, part, low_cpu_mem_usage, is_trainable)
-                model.base_model.set_requires_grad(own, requires_grad=is_trainable)
+                self._take_in(part, f"{name}_{kind}", options, hub)
+                loaded.append(f"{name}_{kind}")
         except BaseException:
-            for own in added:
-                model.delete_adapter(own)
+            for other in loaded:
+                cast("PeftModel", self).delete_adapter(other)
             raise
-        return added
+        return loaded
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from .composition import Block
 from .config import PeftConfig
 from .kinds import LayerKind
 from .method import Method, Slot
@@ -42,6 +43,7 @@ class SlottedLayer(nn.Module):
         self.slots: dict[str, Slot] = {}
         self.block: int | None = None  # index of the model's block that the layer is in
         self.merged_adapters: list[str] = []
+        self.merged_composition: Block | None = None  # how they were merged together; None: in order
         self.apart: tuple[int, dict[str, Any]] = (
             -1,
             {},

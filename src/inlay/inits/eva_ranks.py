@@ -43,11 +43,13 @@ def set_ranks(model: PeftModel, name: str, slots: Mapping[str, Slot], ranks: Map
     changes: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     if not all(now.values()):
         changes["target_modules"] = {path for path, rank in now.items() if rank}
-    active = model.active_adapters
+    setting = model.base_model.switch.setting
     model.base_model.delete_adapter(name)
     in_float32 = parameters[0].dtype == torch.float32
     model.base_model.add_adapter(name, replace(config, **changes), autocast_adapter_dtype=in_float32)
-    model.base_model.set_adapter(active, inference_mode=config.inference_mode)
+    model.base_model.set_adapter(
+        setting.composition or setting.active, config.inference_mode, setting.skip_layers
+    )
 
 
 def _patterns(
