@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,52 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(inlay.AdapterFileError, match="does not fit adapter 'default'"):
         other.load_adapter(tmp_path, "default")
     assert other.prompt_encoder["default"].mlp_head[0].weight.shape != before
+
+
+@pytest.mark.parametrize(
+    ("method", "modes"),
+    [
+        ("prefix", ["prefix_tuning", "PTuning2", "prefixtuning"]),
+        ("p-tuning", ["p_tuning"]),
+        ("prompt-tuning", ["prompt_tuning"]),
+    ],
+)
+def test_prompts_are_a_mode_of_freezing(method: str, modes: list[str]) -> None:
+    adapter = adapted(inlay, method, "bert_classifier")
+    wanted = {n for n, _ in adapter.named_parameters() if n.startswith("prompt_encoder")}
+    for mode in modes:
+        adapter.requires_grad_(True)
+        assert set(inlay.freeze_delta(adapter, mode).trainable) == wanted
+
+
+def test_a_generation_without_a_cache_leaves_other_threads_alone() -> None:
+    adapter, given = adapted(inlay, "prompt-tuning", "llama"), inputs("llama")
+    wanted, found = output(adapter(**given)), []
+    inner = adapter.get_base_model().model.forward
+
+    def between(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() and not found:
+            other = threading.Thread(target=lambda: found.append(output(adapter(**given))))
+            other.start()
+            other.join()
+        return inner(*args, **kwargs)
+
+    adapter.get_base_model().model.forward = between
+    adapter.generate(**given, max_new_tokens=1, use_cache=False, do_sample=False)
+    torch.testing.assert_close(found[0], wanted)
+
+
+def test_the_auto_class_loads_a_prompt_and_its_base(tmp_path: Path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    adapter = inlay.get_peft_model(
+        tf.LlamaForCausalLM.from_pretrained(tmp_path / "base"), configuration(inlay, "prefix", "llama")
+    ).eval()
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.get_base_model().save_pretrained(tmp_path / "again")
+    assert "inlay" not in (tmp_path / "again" / "config.json").read_text()
+    loaded = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded(**inputs("llama"))), output(adapter(**inputs("llama"))))
 
 
 def test_a_third_party_adds_a_method_without_touching_the_library() -> None:

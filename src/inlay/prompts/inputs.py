@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -112,7 +113,12 @@ def at_every_step(prompts: Prompts, model: nn.Module, kwargs: dict[str, Any]) ->
     if told or is_encoder_decoder(model) or all(prompts.methods[name].splices for name in prompts.names()):
         yield False
         return
-    handle = model.register_forward_pre_hook(lambda m, a, k: prepare(prompts, m, a, k), with_kwargs=True)
+    thread = get_ident()  # others may run the same model meanwhile
+
+    def in_front(module: nn.Module, a: Any, k: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return prepare(prompts, module, a, k) if get_ident() == thread else None
+
+    handle = model.register_forward_pre_hook(in_front, with_kwargs=True)
     try:
         yield True
     finally:
