@@ -409,6 +409,32 @@ def test_the_auto_class_loads_a_prompt_and_its_base(tmp_path: Path) -> None:
     torch.testing.assert_close(output(loaded(**inputs("llama"))), output(adapter(**inputs("llama"))))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_loading_without_initialising_and_from_a_pickle(method: str, tmp_path: Path) -> None:
+    adapter, given = adapted(inlay, method, "bert_classifier"), inputs("bert_classifier")
+    adapter.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    for trainable in (False, True):
+        loaded = inlay.PeftModel.from_pretrained(
+            build("bert_classifier"), tmp_path, is_trainable=trainable, low_cpu_mem_usage=True
+        )
+        torch.testing.assert_close(output(loaded(**given)), output(adapter(**given)), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix"])
+def test_samples_of_a_batch_have_a_prompt_lora_or_neither(method: str) -> None:
+    adapter, given = adapted(inlay, method, "llama"), inputs("llama", batch=3)
+    adapter.add_adapter("lora", inlay.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    mixed = output(adapter(**given, adapter_names=["lora", "default", "__base__"]))
+    alone = [output(adapter(**given))[1]]
+    adapter.set_adapter("lora")
+    alone.insert(0, output(adapter(**given))[0])
+    with adapter.disable_adapter():
+        alone.append(output(adapter(**given))[2])
+    for row, y in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(row[-len(y) :], y, atol=2e-5, rtol=1e-4)
+
+
 def test_a_third_party_adds_a_method_without_touching_the_library() -> None:
     from inlay.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
