@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ from inlay import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
@@ -161,6 +166,105 @@ def table() -> str:
                 *("yes" if y else "-" for y in (exact, mixed)),
             ]
         )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n" + prompt_table()
+
+
+def prompt_models() -> dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]]:
+    """Return tiny models that a prompt may stand in front of, with inputs."""
+    import transformers as tf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    t5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    ids = torch.randint(3, 30, (2, 5))
+    image = {"image_size": 8, "patch_size": 4}
+    llama = tf.LlamaConfig(vocab_size=30, num_key_value_heads=2, pad_token_id=0, **sizes)
+    return {
+        "causal LM": (lambda: tf.LlamaForCausalLM(llama), {"input_ids": ids}),
+        "encoder-decoder": (
+            lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=30, **t5)),
+            {"input_ids": ids, "decoder_input_ids": ids},
+        ),
+        "encoder with a head": (
+            lambda: tf.BertForTokenClassification(tf.BertConfig(vocab_size=30, **sizes)),
+            {"input_ids": ids},
+        ),
+        "images": (
+            lambda: tf.ViTForImageClassification(tf.ViTConfig(**image, **sizes)),
+            {"pixel_values": torch.randn(2, 3, 8, 8)},
+        ),
+    }
+
+
+PROMPTS: dict[str, Callable[[], PeftConfig]] = {
+    "prompt tuning": lambda: PromptTuningConfig(num_virtual_tokens=3),
+    "P-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=3),
+    "prefix tuning, P-Tuning v2": lambda: PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
+}
+
+
+def logits(model: nn.Module, given: dict[str, Tensor], **more: Any) -> Tensor:
+    """Return what a model computes."""
+    found: Tensor = model(**given, **more).logits
+    return found
+
+
+def prompt_works_on(config: PeftConfig, build: Callable[[], nn.Module], given: dict[str, Tensor]) -> bool:
+    """Whether a prompt changes what the model computes, and leaves it as it is when it is off."""
+    base = build().eval().requires_grad_(False)
+    expected = logits(base, given)
+    try:
+        model = get_peft_model(base, config).eval()
+    except ValueError:
+        return False
+    assert not torch.equal(logits(model, given)[:, -1], expected[:, -1])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, given), expected)
+    return True
+
+
+def prompt_abilities(
+    config: PeftConfig, build: Callable[[], nn.Module], given: dict[str, Tensor]
+) -> list[bool]:
+    """Try out what a prompt can do besides: checkpointing, a prompt per sample, LoRA beside it, and going on after loading."""
+    torch.manual_seed(1)
+    base = build().eval()
+    state = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, config)
+    own = [p for name, p in model.named_parameters() if "prompt_encoder" in name]
+    wanted = torch.autograd.grad(logits(model.train(), given).square().sum(), own)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = torch.autograd.grad(logits(model, given, use_cache=False).square().sum(), own)
+    checkpointing = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(wanted, found, strict=True))
+    model.eval()
+    with model.disable_adapter():
+        bare = logits(model, given)
+    alone = logits(model, given)
+    mixed = logits(model, given, adapter_names=["default", "__base__"])
+    each = torch.allclose(mixed[0], alone[0], atol=1e-5)
+    each = each and torch.allclose(mixed[1, -bare.shape[1] :], bare[1], atol=1e-5)
+    model.add_adapter("lora", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter(["default", "lora"])
+    beside = not torch.allclose(logits(model, given), alone)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["default"])
+        fresh = build().eval()
+        fresh.load_state_dict(state)
+        again = PeftModel.from_pretrained(fresh, folder, is_trainable=True)
+    trained = {name for name, p in again.named_parameters() if p.requires_grad}
+    resumed = len(trained) == len(own) and torch.allclose(logits(again, given), alone, atol=1e-5)
+    return [checkpointing, each, beside, resumed]
+
+
+def prompt_table() -> str:
+    """Return the table of the methods that act on inputs."""
+    torch.manual_seed(0)
+    models = prompt_models()
+    abilities = ["gradient checkpointing", "an adapter per sample", "beside LoRA", "resumes"]
+    rows = [["method", *models, *abilities], ["---"] * (len(models) + len(abilities) + 1)]
+    for name, make in PROMPTS.items():
+        found = [prompt_works_on(make(), *models[kind]) for kind in models]
+        found += prompt_abilities(make(), *models["causal LM"])
+        rows.append([name, *("yes" if yes else "-" for yes in found)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,78 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(inlay.AdapterFileError, match="does not fit adapter 'default'"):
         other.load_adapter(tmp_path, "default")
     assert other.prompt_encoder["default"].mlp_head[0].weight.shape != before
+
+
+@pytest.mark.parametrize(
+    ("method", "modes"),
+    [
+        ("prefix", ["prefix_tuning", "PTuning2", "prefixtuning"]),
+        ("p-tuning", ["p_tuning"]),
+        ("prompt-tuning", ["prompt_tuning"]),
+    ],
+)
+def test_prompts_are_a_mode_of_freezing(method: str, modes: list[str]) -> None:
+    adapter = adapted(inlay, method, "bert_classifier")
+    wanted = {n for n, _ in adapter.named_parameters() if n.startswith("prompt_encoder")}
+    for mode in modes:
+        adapter.requires_grad_(True)
+        assert set(inlay.freeze_delta(adapter, mode).trainable) == wanted
+
+
+def test_a_generation_without_a_cache_leaves_other_threads_alone() -> None:
+    adapter, given = adapted(inlay, "prompt-tuning", "llama"), inputs("llama")
+    wanted, found = output(adapter(**given)), []
+    inner = adapter.get_base_model().model.forward
+
+    def between(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() and not found:
+            other = threading.Thread(target=lambda: found.append(output(adapter(**given))))
+            other.start()
+            other.join()
+        return inner(*args, **kwargs)
+
+    adapter.get_base_model().model.forward = between
+    adapter.generate(**given, max_new_tokens=1, use_cache=False, do_sample=False)
+    torch.testing.assert_close(found[0], wanted)
+
+
+def test_the_auto_class_loads_a_prompt_and_its_base(tmp_path: Path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    adapter = inlay.get_peft_model(
+        tf.LlamaForCausalLM.from_pretrained(tmp_path / "base"), configuration(inlay, "prefix", "llama")
+    ).eval()
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.get_base_model().save_pretrained(tmp_path / "again")
+    assert "inlay" not in (tmp_path / "again" / "config.json").read_text()
+    loaded = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded(**inputs("llama"))), output(adapter(**inputs("llama"))))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loading_without_initialising_and_from_a_pickle(method: str, tmp_path: Path) -> None:
+    adapter, given = adapted(inlay, method, "bert_classifier"), inputs("bert_classifier")
+    adapter.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    for trainable in (False, True):
+        loaded = inlay.PeftModel.from_pretrained(
+            build("bert_classifier"), tmp_path, is_trainable=trainable, low_cpu_mem_usage=True
+        )
+        torch.testing.assert_close(output(loaded(**given)), output(adapter(**given)), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix"])
+def test_samples_of_a_batch_have_a_prompt_lora_or_neither(method: str) -> None:
+    adapter, given = adapted(inlay, method, "llama"), inputs("llama", batch=3)
+    adapter.add_adapter("lora", inlay.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    mixed = output(adapter(**given, adapter_names=["lora", "default", "__base__"]))
+    alone = [output(adapter(**given))[1]]
+    adapter.set_adapter("lora")
+    alone.insert(0, output(adapter(**given))[0])
+    with adapter.disable_adapter():
+        alone.append(output(adapter(**given))[2])
+    for row, y in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(row[-len(y) :], y, atol=2e-5, rtol=1e-4)
 
 
 def test_a_third_party_adds_a_method_without_touching_the_library() -> None:

@@ -14,7 +14,8 @@ from .adapted_model import AdaptedModel
 from .choice import is_fusion
 from .composition import Child, divides_rows
 from .config import PeftConfig, TaskType
-from .prompts.inputs import active_prompt, at_every_step, prepare, prepare_generation
+from .prompts.generation import at_every_step, prepare_generation
+from .prompts.inputs import active_prompt, prepare
 from .saved_model import SavedModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .switch import BASE

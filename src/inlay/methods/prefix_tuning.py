@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -86,7 +85,7 @@ class PrefixEncoder(PromptModule):
     def entry(self, index: int) -> Tensor:
         """Return one of the ``2 layers`` blocks of the prefix, ``[n, token_dim]``, computing no other."""
         rows = slice(index * self.width, (index + 1) * self.width)
-        if not self.computes or not (self.training or torch.is_grad_enabled()):
+        if not (self.computes and self.computes_anew()):
             return self.prompt()[:, rows]
         last = cast("nn.Linear", self.transform[-1])
         return linear(self.transform[:-1](self.embedding.weight), last.weight[rows], last.bias[rows])

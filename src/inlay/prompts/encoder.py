@@ -38,12 +38,16 @@ class PromptModule(nn.Module):
         """Return the whole prompt ``[n, d]``. Outside training it is kept until a parameter changes."""
         if not self.computes:
             return self.embedding.weight
-        if self.training or torch.is_grad_enabled():
+        if self.computes_anew():
             return self()  # type: ignore[no-any-return]
         made_from = tuple((id(p), p._version) for p in self.parameters())
         if self._kept is None or self._kept[0] != made_from:
             self._kept = made_from, self()
         return self._kept[1]
+
+    def computes_anew(self) -> bool:
+        """Whether what is computed now must not be kept: it may get gradients, or is being traced by a compiler."""
+        return self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
     @torch.no_grad()
     def saved(self, values: dict[str, Tensor] | None = None) -> Tensor:

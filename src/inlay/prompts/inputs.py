@@ -1,11 +1,8 @@
-"""What a model is called with, changed so that virtual tokens stand in front: for a forward pass and for ``generate``."""
+"""What a model is called with, changed so that virtual tokens stand in front. ``generate`` is in ``generation.py``."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +15,6 @@ from .tokens import Tokens
 
 ANSWERS = ("start_positions", "end_positions")
 """Places in the input that a question answerer is asked for: they move with it."""
-PER_TOKEN = {"inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
-"""What ``generate`` is told of each token."""
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
@@ -42,81 +37,20 @@ def prepare(
     Raises:
         ValueError: there are no tokens to put them in front of, or the attention mask is not ``[batch, tokens]``.
     """
-    if all(prompts.methods[name].splices for name in prompts.names()):
+    if not prompts.put_tokens():
         return args, kwargs
     given = named_arguments(model, args, kwargs)
     if is_encoder_decoder(model):
         return (), _with_encoder_input(prompts, model, given)
-    own = _embedded(model, given)
+    own = embedded(model, given)
     tokens = prompts.tokens(len(own), own)
     if tokens is None:
         return args, kwargs
     past = cached_length(given.get("past_key_values"))
     if isinstance(past, Tensor) or past:
-        return (), _later_step(tokens, given)
-    _put_in_front(tokens, own, given, _fills_left(tokens, model), _takes(model, "position_ids"))
+        return (), later_step(tokens, given)
+    put_in_front(tokens, own, given, _fills_left(tokens, model), _takes(model, "position_ids"))
     return (), given
-
-
-def prepare_generation(
-    prompts: Prompts, model: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments of ``generate`` with the virtual tokens in front of the first step.
-
-    transformers then does the rest (caches, positions, masks, beams) as for any embedded input. What is returned to the user
-    are the ids without virtual tokens.
-
-    Raises:
-        ValueError: there are no tokens to put them in front of.
-    """
-    if all(prompts.methods[name].splices for name in prompts.names()):
-        return args, kwargs
-    given = dict(kwargs)
-    if args:
-        given["inputs"] = args[0]
-    ids = given.pop("inputs", None)
-    ids = given.pop("input_ids", None) if ids is None else ids
-    own = _embedded(model, given | {"input_ids": ids})
-    tokens = prompts.tokens(len(own), own)
-    if tokens is None:
-        return args, kwargs
-    mask = given.get("attention_mask")
-    mask = _inferred_mask(model, ids, own, given) if mask is None else mask
-    past = cached_length(given.get("past_key_values"))
-    if isinstance(past, Tensor) or past:
-        joined: dict[str, Any] = _later_step(tokens, given | {"input_ids": ids, "attention_mask": mask})
-        return args[1:], joined
-    extended = {**given, "inputs_embeds": own, "attention_mask": mask}
-    _put_in_front(tokens, own, extended, not is_encoder_decoder(model), False)
-    if is_encoder_decoder(model):
-        return args[1:], extended
-    if bool((mask[:, 0] == 0).any()):
-        padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
-        for name in PER_TOKEN & extended.keys():
-            extended[name] = tokens.behind(padding, extended[name])
-    if ids is not None:
-        extended = _lengths_in_new_tokens(model, extended, ids.shape[1]) | {"input_ids": ids}
-    return args[1:], extended
-
-
-@contextmanager
-def at_every_step(prompts: Prompts, model: nn.Module, kwargs: dict[str, Any]) -> Iterator[bool]:
-    """Put the virtual tokens in front of each step of a ``generate`` without a cache, which starts anew every time.
-
-    Yields:
-        Whether that is the case.
-    """
-    told = kwargs.get("use_cache")
-    told = getattr(kwargs.get("generation_config"), "use_cache", None) if told is None else told
-    told = getattr(getattr(model, "generation_config", None), "use_cache", True) if told is None else told
-    if told or is_encoder_decoder(model) or all(prompts.methods[name].splices for name in prompts.names()):
-        yield False
-        return
-    handle = model.register_forward_pre_hook(lambda m, a, k: prepare(prompts, m, a, k), with_kwargs=True)
-    try:
-        yield True
-    finally:
-        handle.remove()
 
 
 def active_prompt(prompts: Prompts, batch_size: int) -> Any:
@@ -142,7 +76,12 @@ def active_prompt(prompts: Prompts, batch_size: int) -> Any:
     return cache
 
 
-def _embedded(model: nn.Module, given: dict[str, Any]) -> Tensor:
+def embedded(model: nn.Module, given: dict[str, Any]) -> Tensor:
+    """Return the embedded input ``[batch, t, d]`` of a call: as it is given, or of its ids.
+
+    Raises:
+        ValueError: the call has neither.
+    """
     embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
     if embeds is not None:
         return embeds  # type: ignore[no-any-return]
@@ -151,7 +90,7 @@ def _embedded(model: nn.Module, given: dict[str, Any]) -> Tensor:
     return word_embedding(model)(ids)  # type: ignore[no-any-return]
 
 
-def _put_in_front(
+def put_in_front(
     tokens: Tokens, own: Tensor, given: dict[str, Any], fills_left: bool, takes_positions: bool
 ) -> None:
     """Change arguments in place: virtual tokens in front of the embeddings, and of all that goes with them."""
@@ -179,7 +118,7 @@ def _put_in_front(
             given[name] = given[name] + shift
 
 
-def _later_step(tokens: Tokens, given: dict[str, Any]) -> dict[str, Any]:
+def later_step(tokens: Tokens, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a step whose cache holds the virtual tokens already."""
     mask, positions = _checked_mask(given.get("attention_mask")), given.get("position_ids")
     if mask is not None:
@@ -198,11 +137,11 @@ def _with_encoder_input(prompts: Prompts, model: nn.Module, given: dict[str, Any
         if tokens is not None and mask is not None and mask.shape[1] == states.shape[1] - tokens.count:
             given["attention_mask"] = tokens.settled(tokens.in_front(mask, tokens.mask(mask)))
         return given
-    own = _embedded(model, given)
+    own = embedded(model, given)
     tokens = prompts.tokens(len(own), own)
     if tokens is not None:
         decoder: dict[str, Any] = {k: given.pop(k) for k in ("labels", "position_ids") if k in given}
-        _put_in_front(tokens, own, given, False, False)
+        put_in_front(tokens, own, given, False, False)
         given |= decoder
     return given
 
@@ -214,39 +153,6 @@ def _checked_mask(mask: Any) -> Tensor | None:
             f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
         )
     return mask
-
-
-def _inferred_mask(model: nn.Module, ids: Tensor | None, own: Tensor, given: dict[str, Any]) -> Tensor:
-    """Return the mask that ``generate`` would infer from the ids: padding is left out, unless it also ends texts."""
-    ones = own.new_ones(own.shape[:2], dtype=torch.long)
-    config = given.get("generation_config") or getattr(model, "generation_config", None)
-    pad, end = (given.get(f"{n}_token_id", getattr(config, f"{n}_token_id", None)) for n in ("pad", "eos"))
-    if ids is None or pad is None or pad in (end if isinstance(end, list) else [end]):
-        return ones
-    return ids.ne(pad).long()
-
-
-def _lengths_in_new_tokens(model: Any, given: dict[str, Any], own: int) -> dict[str, Any]:
-    """Spell out lengths as numbers of new tokens: transformers would count the virtual ones in the others."""
-    given = dict(given)
-    config = given.get("generation_config")
-    if config is not None:
-        config = given["generation_config"] = copy.deepcopy(config)
-    for kind, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        told = given.pop(kind, None)
-        if told is None:  # transformers 4 has 20 where nothing is set
-            values = (getattr(c, kind, None) for c in (config, model.generation_config))
-            told = next((v for v in values if v and (kind, v) != ("max_length", 20)), None)
-        counted = (given.get(new), getattr(config, new, None), getattr(model.generation_config, new, None))
-        if config is not None:
-            setattr(config, kind, getattr(type(config)(), kind))
-        if told is not None and all(c is None for c in counted):
-            count = max(told - own, 0 if kind == "min_length" else 1)
-            if config is None:
-                given[new] = count
-            else:  # transformers takes lengths either from a configuration or from arguments
-                setattr(config, new, count)
-    return given
 
 
 def _fills_left(tokens: Tokens, model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import decoder_of
+from .config import is_encoder_decoder
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -27,7 +28,12 @@ class Shift:
         self.prompts = prompts
         told = [m for m in decoder_of(model).modules() if PAST in _parameters(m)]
         self.handles = [m.register_forward_pre_hook(self.in_embeddings, with_kwargs=True) for m in told]
-        takes_ids = not told and "position_ids" in _parameters(model)
+        start = "decoder_" if is_encoder_decoder(model) else ""
+        self.ids, self.inputs = (
+            f"{start}position_ids",
+            (f"{start}input_ids", f"{start}inputs_embeds", "labels"),
+        )
+        takes_ids = not told and self.ids in _parameters(model)
         self.handles.append(
             model.register_forward_pre_hook(self.in_model if takes_ids else self.engage, with_kwargs=True)
         )
@@ -50,12 +56,14 @@ class Shift:
         if not shift:
             return None
         given = named_arguments(model, args, kwargs)
-        ids = given.get("position_ids")
+        ids = given.get(self.ids)
         if ids is None:
-            inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+            inputs = next((t for name in self.inputs if (t := given.get(name)) is not None), None)
+            if inputs is None:
+                return None  # the model itself says what it lacks
             start = cached_length(given.get("past_key_values"))
             ids = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0) + start
-        return (), given | {"position_ids": _moved(ids, shift)}
+        return (), given | {self.ids: _moved(ids, shift)}
 
     def in_embeddings(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]

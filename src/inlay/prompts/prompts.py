@@ -99,6 +99,10 @@ class Prompts:
         chosen = setting.active if setting.route is None else tuple(dict.fromkeys(setting.route))
         return [name for name in chosen if name in self.methods] if setting.enabled else []
 
+    def put_tokens(self) -> bool:
+        """Whether an adapter that is on may put virtual tokens in front of the input."""
+        return not all(self.methods[name].splices for name in self.names())
+
     def prefix(self, name: str, layer: int) -> tuple[Tensor, Tensor]:
         """Return an adapter's virtual keys and values ``[heads, n, d]`` of a layer."""
         prefix = self.methods[name].prefix(self.encoder(name), self.configs[name], layer)

@@ -102,9 +102,9 @@ class Site:
             last = mask[0, 0, -1]
             seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
             past = (torch.arange(1, len(seen) + 1, device=seen.device) * seen).max() - length
-        bias: Tensor = module.compute_bias(
-            length, tokens, device=query.device, past_seen_tokens=past + tokens
-        )
+        where = module.relative_attention_bias.weight.device
+        past = past.to(where) if isinstance(past, Tensor) else past
+        bias: Tensor = module.compute_bias(length, tokens, device=where, past_seen_tokens=past + tokens)
         return bias
 
 
@@ -121,7 +121,7 @@ def extended_mask(mask: Tensor | None, front: Front, key: Tensor, additive: bool
     if mask is None:
         if front.allowed is None:
             return None
-        mask = front.allowed.new_ones(1, 1, 1, own)
+        mask = torch.ones(1, 1, 1, own, dtype=torch.bool, device=key.device)
         mask = torch.zeros_like(mask, dtype=key.dtype) if additive else mask
     mask = mask[..., :own]
     left = torch.zeros((), dtype=mask.dtype, device=mask.device)
@@ -130,7 +130,7 @@ def extended_mask(mask: Tensor | None, front: Front, key: Tensor, additive: bool
     if front.allowed is None:
         left = left.expand(*mask.shape[:-1], front.tokens)
     else:
-        allowed = front.allowed[:, None, None, :]
+        allowed = front.allowed[:, None, None, :].to(mask.device)
         shut = (
             torch.zeros_like(left)
             if mask.dtype == torch.bool
@@ -142,4 +142,4 @@ def extended_mask(mask: Tensor | None, front: Front, key: Tensor, additive: bool
 
 
 def _joined(front: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([front.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
+    return torch.cat([front.to(own).expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from ..walk import adapted_layers
 from .parameter_names import NamedParameter, matching, named_parameters
 
 MINDPET_MODES = ("lora", "prefixtuning", "adapter", "low_rank_adapter", "bitfit", "ptuning2")
+MINDPET_PREFIXES = ("prefixtuning", "ptuning2")
 BIAS_MODES = ("bitfit", "bitfit_all")
 
 
@@ -209,6 +210,12 @@ def _of_mode(model: nn.Module, parameters: Sequence[NamedParameter], mode: str) 
             present |= names
             if mode in names:
                 found |= {id(p) for p in slot.parameters().values()}
+    for name, encoder in getattr(model, "prompt_encoder", {}).items():
+        method = cast("Any", model).peft_config[name].method_name().lower()
+        names = {method, *(MINDPET_PREFIXES if method == "prefix_tuning" else ())}
+        present |= {method}
+        if mode in names:
+            found |= {id(p) for p in encoder.parameters()}
     if mode in BIAS_MODES and not found:
         everywhere = mode == "bitfit_all"
         found = {id(n.parameter) for n in parameters if n.is_bias() and (everywhere or not n.norm)}
