@@ -7,7 +7,12 @@ from .images import Images
 from .task import Task
 from .text import MINILM, Sentences
 
-ENCODER_RATES = {"full": (1e-4, 3e-4, 1e-3), "head": (1e-2, 3e-2, 1e-1), "adapter": (1e-3, 3e-3, 1e-2)}
+ENCODER_RATES = {
+    "full": (1e-4, 3e-4, 1e-3),
+    "head": (1e-2, 3e-2, 1e-1),
+    "adapter": (1e-3, 3e-3, 1e-2),
+    "prompt": (3e-3, 1e-2, 3e-2),
+}
 SMALL_RATES = {"full": (1e-3, 3e-3, 1e-2), "head": (1e-2, 3e-2, 1e-1), "adapter": (3e-3, 1e-2, 3e-2)}
 
 _ALL: tuple[Task, ...] = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,16 +13,22 @@ from torch import nn
 from inlay import (
     AdaLoraConfig,
     BitFitConfig,
+    BottleneckConfig,
     IA3Config,
     LoraConfig,
     PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     ShiraConfig,
+    calibrate_shira,
     get_peft_model,
 )
+from inlay.methods.bottleneck.presets import preset_fields
 
-from .task import Task
+from .task import Batch, Task
 
-Prepare = Callable[[Task, nn.Module], nn.Module]
+Prepare = Callable[[Task, nn.Module, Sequence[Batch]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class Method:
 
     Args:
         title: its name in the report.
-        prepare: returns the model whose parameters that require gradients are trained.
+        prepare: returns the model whose parameters that require gradients are trained; it is told the first batches too.
         rates: which of the task's learning rates are tried.
         rate_of: the method whose chosen rate is used in place of trying any.
         pretrained: False for the control on random weights.
+        dropout: probability in all dropout layers of the base model.
+        r_drop: weight of R-Drop's divergence, for classifiers; every batch is then run twice.
     """
 
     title: str
@@ -42,13 +50,15 @@ class Method:
     rates: str = "adapter"
     rate_of: str | None = None
     pretrained: bool = True
+    dropout: float = 0.0
+    r_drop: float | None = None
 
 
-def everything(task: Task, model: nn.Module) -> nn.Module:
+def everything(task: Task, model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def head_only(task: Task, model: nn.Module) -> nn.Module:
+def head_only(task: Task, model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in task.head:
@@ -64,14 +74,23 @@ def adapter(config: type[PeftConfig], **options: Any) -> Prepare:
         options: fields of the configuration; a function of the task gives a value that differs from task to task.
     """
 
-    def prepare(task: Task, model: nn.Module) -> nn.Module:
+    def prepare(task: Task, model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
         values = {key: value(task) if callable(value) else value for key, value in options.items()}
         targets = task.targets if isinstance(task.targets, str) else list(task.targets)
         heads = list(task.head) if task.new_head else None
         settings = {"task_type": task.task_type, "target_modules": targets, "modules_to_save": heads}
-        return get_peft_model(model, config(**(settings | values)))
+        known = {f.name for f in fields(config)}
+        settled: Any = config(**({k: v for k, v in settings.items() if k in known} | values))
+        if getattr(settled, "mask_type", None) in CALIBRATED:
+            settled = calibrate_shira(model, settled, batches)
+        return get_peft_model(model, settled)
 
     return prepare
+
+
+def bottleneck(preset: str, **options: Any) -> Prepare:
+    """Return a method that sets in bottleneck adapters by the name of a preset."""
+    return adapter(BottleneckConfig, **(preset_fields(preset) | {"target_modules": None} | options))
 
 
 def _rank(task: Task) -> int:
@@ -93,7 +112,11 @@ RANK_BUDGET = {
     "tfinal": lambda task: task.steps // 3,
     "deltaT": lambda task: max(1, task.steps // 60),
 }
+CALIBRATED = ("grad", "snip")
+FOR_ENCODERS = ("houlsby", "pfeiffer", "parallel", "compacter", "prompt", "p-tuning", "p-tuning-v2")
 LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
+
+PROMPT = {"num_virtual_tokens": 16}
 
 STATE = 3
 """Tensors beside each trained one: its gradient and Adam's two averages."""
@@ -109,6 +132,22 @@ METHODS: dict[str, Method] = {
     ),
     "ia3": Method("(IA)3", adapter(IA3Config, feedforward_modules=())),
     "bitfit": Method("BitFit", adapter(BitFitConfig, target_modules=None)),
+    "shira-snip": Method(
+        "SHiRA, SNIP", adapter(ShiraConfig, r=_shira_rank, mask_type="snip"), rate_of="shira"
+    ),
+    "houlsby": Method("bottleneck, Houlsby", bottleneck("houlsby")),
+    "pfeiffer": Method("bottleneck, Pfeiffer", bottleneck("pfeiffer"), rate_of="houlsby"),
+    "parallel": Method("bottleneck, parallel", bottleneck("parallel", reduction_factor=8)),
+    "compacter": Method("Compacter", bottleneck("compacter", reduction_factor=32)),
+    "prompt": Method("prompt tuning, 16 tokens", adapter(PromptTuningConfig, **PROMPT), rates="prompt"),
+    "p-tuning": Method(
+        "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT)
+    ),
+    "p-tuning-v2": Method("P-Tuning v2, 16 tokens", adapter(PrefixTuningConfig, **PROMPT), rates="prompt"),
+    "lora-dropout": Method("LoRA, dropout 0.1", adapter(LoraConfig, **LOW_RANK), rate_of="lora", dropout=0.1),
+    "lora-r-drop": Method(
+        "LoRA, R-Drop 4", adapter(LoraConfig, **LOW_RANK), rate_of="lora", dropout=0.1, r_drop=4.0
+    ),
     "lora-random": Method(
         "LoRA on random weights", adapter(LoraConfig, **LOW_RANK), rate_of="lora", pretrained=False
     ),
@@ -116,8 +155,17 @@ METHODS: dict[str, Method] = {
 
 
 def methods_of(task: Task, methods: list[str]) -> list[str]:
-    """Return those that apply to a task: the control on random weights only where the task asks for it."""
-    return [name for name in methods if METHODS[name].pretrained or task.control]
+    """Return those that apply to a task: the control on random weights only where the task asks for it, what works on the
+    classes' probabilities for classifiers, and what works on sequences for encoders."""
+    return [name for name in methods if _applies(METHODS[name], name, task)]
+
+
+def _applies(method: Method, name: str, task: Task) -> bool:
+    if not method.pretrained:
+        return task.control
+    return task.encoder_classifies or (
+        method.r_drop is None and not method.dropout and name not in FOR_ENCODERS
+    )
 
 
 def sizes(task: Task, base_total: int, model: nn.Module) -> dict[str, int]:

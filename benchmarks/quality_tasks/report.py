@@ -104,7 +104,7 @@ def setting(runs: list[Record]) -> list[str]:
         *(f"- {version}" for version in sorted(versions)),
         f"- {len(runs)} trainings, {seconds / 60:.0f} minutes of processor time in their steps",
         "- One loop for all: AdamW, weight decay 0.01, gradient norm at most 1, linear warm-up over a tenth of the steps and "
-        "linear decay to zero; no dropout, no early stopping; float32. The same steps and the same batches for every method.",
+        "linear decay to zero; no dropout where a row does not say so, no early stopping; float32. The same steps and the same batches for every method.",
         "- A learning rate is chosen by the score on dev after a third of the steps with the first seed; DoRA and the control "
         "on random weights take LoRA's. The test split is scored once a run and decides nothing.",
         "- ms/step is processor time, mean over the steps, not wall time. Stored is what has to be kept for each task: the "

@@ -58,6 +58,11 @@ class Task(ABC):
     most: Mapping[str, int] = field(default_factory=dict)
     pool: int = 2
 
+    @property
+    def encoder_classifies(self) -> bool:
+        """Whether an encoder of text tells classes apart."""
+        return False
+
     def missing(self, shared: Path) -> str | None:
         """Return what this machine lacks for the task, or None."""
         absent = [folder for folder in self.folders() if not (shared / folder).is_dir()]

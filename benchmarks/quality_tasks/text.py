@@ -51,6 +51,10 @@ class Sentences(Task):
     labels: int
     longest: int
 
+    @property
+    def encoder_classifies(self) -> bool:
+        return self.labels > 1
+
     def folders(self) -> tuple[str, ...]:
         data = f"data/{self.data}"
         return (data,) if self.encoder == MINILM else (data, f"models/{self.encoder}")

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from instruments import saved_bytes
-from torch import nn
+from torch import Tensor, nn
+
+from inlay import RDropLoss, rdrop_repeat
 
 from .methods import Method, sizes
 from .task import Batch, Example, Task
 
 WARM_UP = 0.1
 LARGEST_GRADIENT = 1.0
+CALIBRATION = 4
+"""Batches that a method may look at before it chooses what to train."""
 
 
 def run(
@@ -29,13 +33,17 @@ def run(
     torch.manual_seed(seed)
     model = task.model(shared, method.pretrained)
     total = sum(p.numel() for p in model.parameters())
-    model = method.prepare(task, model)
+    stream = batches(task, splits["train"], seed)
+    model = method.prepare(task, model, [next(stream) for _ in range(CALIBRATION)])
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = method.dropout
     held_out = {split: _in_batches(task, splits[split]) for split in splits if split != "train"}
     training_mode(model)
     first = next(batches(task, splits["train"], seed))
-    dynamic = saved_bytes(model, lambda: task.loss(model, first))
+    dynamic = saved_bytes(model, lambda: loss_of(task, method, model, first))
     before = {} if task.new_head else {"before": score(task, model, held_out["dev"])}
-    milliseconds, last = _train(task, model, rate, batches(task, splits["train"], seed))
+    milliseconds, last = _train(task, method, model, rate, batches(task, splits["train"], seed))
     return {
         **{split: score(task, model, part) for split, part in held_out.items()},
         **before,
@@ -46,7 +54,9 @@ def run(
     }
 
 
-def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -> tuple[float, float]:
+def _train(
+    task: Task, method: Method, model: nn.Module, rate: float, stream: Iterator[Batch]
+) -> tuple[float, float]:
     """Return processor milliseconds per step and the mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
     steps_itself = hasattr(model, "stepping_adapters") and bool(model.stepping_adapters())  # type: ignore[operator]
@@ -57,7 +67,7 @@ def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -
     training_mode(model)
     losses, start = [], time.process_time()
     for step in range(task.steps):
-        loss = task.loss(model, next(stream))
+        loss = loss_of(task, method, model, next(stream))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
@@ -70,6 +80,17 @@ def _train(task: Task, model: nn.Module, rate: float, stream: Iterator[Batch]) -
     taken = (time.process_time() - start) * 1e3 / task.steps
     last = losses[-max(1, task.steps // 10) :]
     return taken, sum(last) / len(last)
+
+
+def loss_of(task: Task, method: Method, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the training loss of one batch, with R-Drop on its rows run twice."""
+    if method.r_drop is None:
+        return task.loss(model, batch)
+    names, twice = list(batch), rdrop_repeat(*batch.values())
+    doubled = dict(zip(names, twice, strict=True))
+    labels = doubled.pop("labels")
+    loss: Tensor = RDropLoss(method.r_drop)(model(**doubled).logits, labels)
+    return loss
 
 
 def training_mode(model: nn.Module) -> None:
