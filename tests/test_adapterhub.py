@@ -16,8 +16,8 @@ from inlay import AdapterFileError, BottleneckConfig, PeftModel, get_peft_model_
 from inlay.adapterhub import bottleneck, low_rank, write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
 from inlay.adapterhub.prefix import NETWORK
-from inlay.checkpoint import disk_keys
 from inlay.cli.main import main
+from inlay.disk_keys import disk_keys
 from inlay.walk import places
 
 BERT = [

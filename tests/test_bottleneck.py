@@ -105,8 +105,10 @@ def test_parallel_on_any_module_reads_its_input() -> None:
 def test_low_rank_and_gate() -> None:
     model, x, p = _on_work(low_rank=2, use_gating=True)
     y = model.base_model.model.work.base_layer(x)
-    f = torch.relu(y @ (p["adapter_down.left"] @ p["adapter_down.right"]) + p["adapter_down.bias"])
-    f = f @ (p["adapter_up.left"] @ p["adapter_up.right"]) + p["adapter_up.bias"]
+    f = torch.relu(
+        y @ (p["adapter_down.weight_left"] @ p["adapter_down.weight_right"]) + p["adapter_down.bias"]
+    )
+    f = f @ (p["adapter_up.weight_left"] @ p["adapter_up.weight_right"]) + p["adapter_up.bias"]
     gate = torch.sigmoid(y @ p["adapter_gate.weight"].T + p["adapter_gate.bias"]).mean(1, keepdim=True)
     torch.testing.assert_close(model(x), model.base_model.model.head(y + gate * f))
 

@@ -1,41 +1,33 @@
-"""PEFT's adapter format, both ways. This is the only place that knows how names in memory and on disk relate.
-
-in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_model.model.h.0.attn.lora_A.weight
-            base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
-            base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
-            prompt_encoder.default.embedding.weight                       prompt_embeddings
-            (a prompt's) base_model.model.head.modules_to_save.default.bias          base_model.head.bias
-"""
+"""The tensors of an adapter, out of a model and into one, by their keys in PEFT's format (``disk_keys.py``)."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapted_model import AdaptedModel
-from .config import CONFIG_NAME, PeftConfig
+from .config import CONFIG_NAME
+from .disk_keys import (
+    PROMPT,
+    WHOLE_EMBEDDING,
+    bare_model,
+    disk_keys,
+    embedding_keys,
+    first_slot,
+    prompt_network,
+    shared_keys,
+    shared_tensors,
+)
 from .errors import AdapterFileError
 from .extras import ModulesToSaveWrapper
 from .files import read_tensors
 from .layer import AdaptedLayer
-from .method import Slot
-from .prompts.encoder import PromptModule
 from .slots import BufferDict
-from .targets import embedding_ends, model_config
-from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
-
-EMBEDDINGS = ("embed_tokens", "lm_head")
-"""Names under which a targeted embedding is saved whole, as PEFT does."""
-WHOLE_EMBEDDING = (".base_layer.weight", *(f"{name}.weight" for name in EMBEDDINGS))
-"""Endings of the keys of such embeddings."""
-PROMPT = "prompt_embeddings"
-"""The key of a prompt: of its embedding, or of what its network computes."""
+from .walk import unwrapped, wrappers
 
 
 class IncompatibleKeys(NamedTuple):
@@ -69,9 +61,9 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     keys = disk_keys(model, adapter_name)
-    for name in _embedding_keys(model, adapter_name, save_embedding_layers):
+    for name in embedding_keys(model, adapter_name, save_embedding_layers):
         keys.setdefault(name, name)
-    beside = _shared_tensors(first_slot(model, adapter_name)) | _computed_prompt(
+    beside = shared_tensors(first_slot(model, adapter_name)) | _computed_prompt(
         model, adapter_name, state_dict
     )
     if state_dict is None:
@@ -95,15 +87,6 @@ def _computed_prompt(
     start = f"prompt_encoder.{name}."
     values = {k.removeprefix(start): v for k, v in (state_dict or {}).items() if k.startswith(start)}
     return {PROMPT: network.saved(values)}
-
-
-def prompt_network(model: nn.Module, name: str) -> PromptModule | None:
-    """Return the network that computes an adapter's prompt, None where there is none."""
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, AdaptedModel) or name not in base.prompts:
-        return None
-    encoder = base.prompts.encoder(name)
-    return encoder if encoder.computes else None
 
 
 def set_peft_model_state_dict(
@@ -178,7 +161,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _before_merging(model: nn.Module) -> dict[str, Tensor]:
     """Return the base parameters that merging replaced: an adapter is saved with the base it is for."""
-    prefix, bare = _bare_model(model)
+    prefix, bare = bare_model(model)
     return {
         f"{prefix}{path}{unwrapped(w)[1]}.{key}": p
         for path, w in wrappers(bare)
@@ -190,7 +173,7 @@ def _before_merging(model: nn.Module) -> dict[str, Tensor]:
 
 def _holding(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Yield the layers in whose base weight an adapter's values stand, with that weight's name."""
-    prefix, bare = _bare_model(model)
+    prefix, bare = bare_model(model)
     for path, w in wrappers(bare):
         if isinstance(w, AdaptedLayer) and w.inside is not None and w.inside.entered:
             yield f"{prefix}{path}{unwrapped(w)[1]}.{w.kind.param}", w
@@ -223,133 +206,6 @@ def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """Return the modules on the way to a path, innermost first."""
     parts = path.split(".")
     return [(p, model.get_submodule(p)) for p in (".".join(parts[:n]) for n in range(len(parts), 0, -1))]
-
-
-def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return ``{name in memory: key on disk}`` for everything that is saved with an adapter.
-
-    Raises:
-        ValueError: there is no such adapter.
-    """
-    prefix, bare = _bare_model(model)
-    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"Adapter {adapter_name} not found. There are: {sorted(configs)}")
-    keys: dict[str, str] = {}
-    if configs[adapter_name].is_prompt_learning and prompt_network(model, adapter_name) is None:
-        keys[f"prompt_encoder.{adapter_name}.embedding.weight"] = PROMPT
-    for path, wrapper in wrappers(bare):
-        if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
-            slot = wrapper.slots[adapter_name]
-            # A twin's parameters are its owner's; PEFT repeats them where the method itself adapts both.
-            repeated = slot.owner is not None and slot.config is not configs[adapter_name]
-            for name in () if repeated else slot.saved():
-                column, _, rest = name.partition(".")
-                disk = _respell(name, slot.method.on_disk)
-                keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = (
-                    f"{prefix}{path}.{disk}"
-                )
-        elif isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            start = "base_model." if configs[adapter_name].is_prompt_learning else prefix
-            for name in wrapper.modules_to_save[adapter_name].state_dict():
-                keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{start}{path}.{name}"
-    keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
-    outputs = [f"{prefix}{path}" for path in adapted_outputs(bare)]
-    return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
-
-
-def first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
-    """Return a slot of the adapter's own method, which knows the adapter as a whole."""
-    config = cast("Any", model).peft_config[adapter_name]
-    slots = (w.slots.get(adapter_name) for _, w in adapted_layers(_bare_model(model)[1]))
-    return next((slot for slot in slots if slot is not None and slot.config is config), None)
-
-
-def shared_keys(slot: Slot | None) -> list[str]:
-    """Return the keys on disk of what an adapter keeps once for all its layers."""
-    names = () if slot is None else slot.method.shared_names(slot.config)
-    return [f"base_model.{name}" for name in names]
-
-
-def _shared_tensors(slot: Slot | None) -> dict[str, Tensor]:
-    keys = shared_keys(slot)
-    return dict(zip(keys, slot.method.shared(slot.config), strict=True)) if slot and keys else {}
-
-
-def twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
-    """Return the beginnings of keys under which PEFT repeats an adapter's tensors for a tied layer."""
-    prefix, bare = _bare_model(model)
-    return [
-        f"{prefix}{path}."
-        for path, w in wrappers(bare)
-        if isinstance(w, AdaptedLayer) and adapter_name in w.slots and w.slots[adapter_name].owner is not None
-    ]
-
-
-def _respell(name: str, on_disk: Mapping[str, str]) -> str:
-    return next((disk for memory, disk in on_disk.items() if name == memory), name)
-
-
-def _bare_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the base model and the prefix that its parameters' names have in the given one."""
-    base = getattr(model, "base_model", None)
-    if isinstance(base, AdaptedModel) and base is not model:
-        return "base_model.model.", base.model
-    return ("model.", model.model) if isinstance(model, AdaptedModel) else ("", model)
-
-
-def _bias_names(prefix: str, bare: nn.Module, config: PeftConfig, adapter_name: str) -> list[str]:
-    mode = getattr(config, "bias", "none")
-    slots = [slot for _, w in wrappers(bare) if isinstance(w, AdaptedLayer) for slot in w.slots.values()]
-    own = {id(p) for slot in slots for p in slot.parameters().values()}
-    names = [
-        f"{prefix}{name}"
-        for name, p in bare.named_parameters()
-        if name.rsplit(".", 1)[-1] == "bias" and id(p) not in own
-    ]
-    if mode == "all":
-        return [name for name in names if ".modules_to_save." not in name and ".original_module." not in name]
-    if mode == config.bias_of_targets:
-        layers = {
-            f"{prefix}{path}"
-            for path, w in wrappers(bare)
-            if isinstance(w, AdaptedLayer) and adapter_name in w.slots
-        }
-        return [name for name in names if name.removesuffix(".base_layer.bias") in layers]
-    return []
-
-
-def _embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> list[str]:
-    """Return the names of embeddings that are saved whole: adapted ones, or both where the vocabulary has another size."""
-    prefix, bare = _bare_model(model)
-    if save is False:
-        return []
-    whole = save is True or _vocabulary_resized(bare, cast("Any", model).peft_config[adapter_name])
-    found = []
-    for path, place in places(bare).items():
-        wrapper = place.wrapper
-        adapted = (
-            isinstance(wrapper, AdaptedLayer)
-            and adapter_name in wrapper.slots
-            and wrapper.slots[adapter_name].method.saves_embedding
-        )
-        at_an_end = path.rsplit(".", 1)[-1] in EMBEDDINGS or _is_embedding(bare, place)
-        if (adapted and path.rsplit(".", 1)[-1] in EMBEDDINGS) or (whole and at_an_end):
-            found.append(f"{prefix}{place.real_path}{unwrapped(wrapper)[1]}.weight")
-    return found
-
-
-def _is_embedding(bare: nn.Module, place: Place) -> bool:
-    return any(end is not None and unwrapped(end)[0] is place.module for end in embedding_ends(bare))
-
-
-def _vocabulary_resized(bare: nn.Module, config: PeftConfig) -> bool:
-    """Whether the model's vocabulary has another size than its base folder's configuration says. Never asks the network."""
-    path = Path(config.base_model_name_or_path or "") / "config.json"
-    if not config.base_model_name_or_path or not path.is_file():
-        return False
-    size = re.search(r'"vocab_size"\s*:\s*(\d+)', path.read_text(encoding="utf-8"))
-    return size is not None and int(size.group(1)) != model_config(bare).get("vocab_size", int(size.group(1)))
 
 
 def load_peft_weights(

@@ -12,19 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapterhub.folder import is_adapterhub, read_folder
-from .checkpoint import (
-    PROMPT,
-    WHOLE_EMBEDDING,
-    IncompatibleKeys,
-    disk_keys,
-    first_slot,
-    load_peft_weights,
-    prompt_network,
-    set_peft_model_state_dict,
-    shared_keys,
-    twin_paths,
-)
+from .checkpoint import IncompatibleKeys, load_peft_weights, set_peft_model_state_dict
 from .config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
+from .disk_keys import PROMPT, WHOLE_EMBEDDING, disk_keys, first_slot, prompt_network, shared_keys, twin_paths
 from .errors import AdapterFileError, PeftWarning
 from .files import locate, read_state
 

@@ -13,14 +13,10 @@ import torch
 from torch import nn
 
 from . import hub
-from .checkpoint import (
-    IncompatibleKeys,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    prompt_network,
-)
+from .checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights
 from .choice import is_fusion
 from .config import PeftConfig
+from .disk_keys import prompt_network
 from .files import adapter_folder, check_folder, write_state, write_tensors
 from .fusion_files import members_loaded, model_with_fusion, with_members
 from .method import Method

@@ -28,7 +28,7 @@ from ...output_layer import AdaptedOutput
 from ...targets import find_targets, matches
 from ...walk import Place, Site
 from .activations import activation
-from .block import Kronecker, LowRank, draw_rule, initialise, layer_norm, linear, new_projection
+from .block import Kronecker, draw_rule, initialise, layer_norm, linear, new_projection
 from .config import PLACEMENTS, BottleneckConfig
 from .families import FAMILIES
 from .sublayers import find_sublayers
@@ -238,14 +238,12 @@ def _model_norm(slot: Slot) -> nn.Module | None:
 def _project(slot: Slot, name: str, x: Tensor) -> Tensor:
     """Run one of the two projections."""
     projection, config = slot[name], cast("Any", slot.config)
-    if isinstance(projection, nn.Linear):
+    if not isinstance(projection, Kronecker):
         return linear(projection, x)
-    if isinstance(projection, LowRank):
-        return projection.project(x)
     keeper = slot.shared or slot
     rule = keeper["adapter_rule"] if config.shared_phm_rule else slot[f"{name}_rule"]
     factors = keeper[name] if config.shared_W_phm else projection
-    return cast("Tensor", projection.project(x, rule, factors))
+    return projection.project(x, rule, factors)
 
 
 def _size(config: BottleneckConfig, kind: Output, path: str) -> int:

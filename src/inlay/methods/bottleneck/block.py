@@ -2,7 +2,7 @@
 
 dense       y = x W' + b                                            nn.Linear
 Kronecker   y = x sum_i A_i (x) W_i + b      W_i = left_i right_i   Kronecker, A[n, n, n] is kept by the adapter
-low rank    y = (x left) right + b                                  LowRank
+low rank    y = (x left) right + b                                  LowRankLinear
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...blocks import LowRankLinear, low_rank_linear
+from ...kinds import uninitialised
 
 
 class Kronecker(nn.Module):
@@ -77,20 +80,6 @@ class Kronecker(nn.Module):
         return torch.einsum("iab,ipq->apbq", rule, w).reshape(self.n * w.shape[1], self.n * w.shape[2])
 
 
-class LowRank(nn.Module):
-    """``x[..., in] -> (x left[in, r]) right[r, out] + b[out]``; the product of the two is never formed."""
-
-    def __init__(self, width_in: int, width_out: int, rank: int, where: dict[str, Any]) -> None:
-        super().__init__()
-        self.left = nn.Parameter(torch.empty(width_in, rank, **where))
-        self.right = nn.Parameter(torch.empty(rank, width_out, **where))
-        self.bias = nn.Parameter(torch.empty(width_out, **where))
-
-    def project(self, x: Tensor) -> Tensor:
-        """Return ``(x left) right + b``."""
-        return x @ self.left.to(x.dtype) @ self.right.to(x.dtype) + self.bias.to(x.dtype)
-
-
 def new_projection(config: Any, width_in: int, width_out: int, path: str, where: dict[str, Any]) -> nn.Module:
     """Return a projection of the form that a configuration asks for, without values.
 
@@ -98,7 +87,7 @@ def new_projection(config: Any, width_in: int, width_out: int, path: str, where:
         ValueError: the number of Kronecker products does not divide the widths.
     """
     if config.low_rank is not None:
-        return LowRank(width_in, width_out, config.low_rank, where)
+        return uninitialised(LowRankLinear, width_in, width_out, config.low_rank, **where)
     if not config.phm_layer:
         return nn.Linear(width_in, width_out, **where)
     n = config.phm_dim
@@ -112,10 +101,12 @@ def new_projection(config: Any, width_in: int, width_out: int, path: str, where:
     )
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def linear(layer: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
     """Run a layer in the dtype of its input, whatever its own is."""
-    bias = layer.bias
-    return F.linear(x, layer.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if isinstance(layer, LowRankLinear):
+        return low_rank_linear(x, layer.weight_left.to(x.dtype), layer.weight_right.to(x.dtype), bias)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -143,7 +134,7 @@ def initialise(projection: nn.Module, how: str, zero: bool, factors: str = "glor
     for name, p in named.items():
         for matrix in p if p.dim() == 3 else (p,):
             _draw(matrix, factors)
-        if zero and name in ("W", "W_right", "right"):
+        if zero and name in ("W", "W_right", "weight_right"):
             nn.init.zeros_(p)
 
 
