@@ -113,7 +113,16 @@ RANK_BUDGET = {
     "deltaT": lambda task: max(1, task.steps // 60),
 }
 CALIBRATED = ("grad", "snip")
-FOR_ENCODERS = ("houlsby", "pfeiffer", "parallel", "compacter", "prompt", "p-tuning", "p-tuning-v2")
+FOR_ENCODERS = (
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "compacter",
+    "prompt",
+    "p-tuning",
+    "p-tuning-v2",
+    "shira-snip",
+)
 LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
 
 PROMPT = {"num_virtual_tokens": 16}
