@@ -81,7 +81,7 @@ def render(sweep: Runs, tasks: list[Task], methods: list[str], date: str) -> str
 def results(sweep: Runs, task: Task, methods: list[str]) -> dict[str, Result]:
     """Return what there is for each method at its chosen rate."""
     found = {}
-    for method in methods:
+    for method in methods_of(task, methods):
         rate = sweep.best_rate(task, method)
         runs = (
             []
