@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .choice import choose, fusions_of, unknown_adapter
-from .composition import Child
+from .composition import Child, Fuse
 from .config import PeftConfig
 from .errors import PeftWarning
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -57,10 +57,13 @@ class AdaptedModel(MergeableModel):
         present = next((w for _, w in wrappers(model)), None)
         self.switch: Switch = Switch() if present is None else _switch_of(present)
         self.prompts = Prompts(self.switch)  # the adapters that act on the model's inputs
-        carried = getattr(model, "peft_config", {}) if present is not None else {}
-        self.peft_config: dict[str, PeftConfig] = {
-            name: config for name, config in carried.items() if not config.is_prompt_learning
-        }
+        carried: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+        if prompts := [name for name, config in carried.items() if config.is_prompt_learning]:
+            raise ValueError(
+                f"the model carries the prompt adapters {prompts} of another PeftModel; use its add_adapter for more, or "
+                "call its unload() first"
+            )
+        self.peft_config: dict[str, PeftConfig] = dict(carried) if present is not None else {}
         self.methods = {name: next(self.own_slots(name)).method for name in self.peft_config}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
@@ -158,7 +161,7 @@ class AdaptedModel(MergeableModel):
                 than single adapters in order is asked for while adapters are merged. Nothing is changed then.
         """
         choice, skipped = choose(adapter_name, self.peft_config), frozenset(skip_layers)
-        self._check_skipped(skipped)
+        self._check_skipped(skipped, choice.active)
         if choice.composition is not None or skipped:
             self._check_not_merged("a composition" if choice.composition is not None else "skip_layers")
         trained = [name for name in choice.active if name not in choice.frozen]
@@ -168,9 +171,13 @@ class AdaptedModel(MergeableModel):
         self.set_requires_grad(trained, requires_grad=not inference_mode)
         self.switch.change(active=choice.active, composition=choice.composition, skip_layers=skipped)
 
-    def _check_skipped(self, skipped: frozenset[int]) -> None:
+    def _check_skipped(self, skipped: frozenset[int], active: Sequence[str]) -> None:
         if not skipped:
             return
+        if prompts := [name for name in active if name in self.prompts]:
+            raise ValueError(
+                f"skip_layers leaves out adapters that sit on layers; the prompts {prompts} do not, so leave it empty"
+            )
         last = max((layer.block for layer in self.layers() if layer.block is not None), default=-1)
         if wrong := sorted(i for i in skipped if not 0 <= i <= last):
             raise ValueError(
@@ -240,7 +247,8 @@ class AdaptedModel(MergeableModel):
         """Take an adapter out; nothing of it stays behind.
 
         Raises:
-            ValueError: there is no such adapter, or it is merged into the base weights.
+            ValueError: there is no such adapter, it is merged into the base weights, or it takes part in a composition that is
+                on or in a fusion. Nothing is changed then.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
@@ -252,6 +260,13 @@ class AdaptedModel(MergeableModel):
             raise ValueError(
                 f"Adapter {adapter_name} is a member of the fusions {fusions}; delete them first"
             )
+        tree = self.switch.setting.composition
+        alone = isinstance(tree, Fuse) and tree.name == adapter_name
+        if tree is not None and adapter_name in self.switch.setting.active and not alone:
+            raise ValueError(
+                f"Adapter {adapter_name} takes part in {tree!r}, which is on; call set_adapter with something else first"
+            )
+        frozen = not any(p.requires_grad for p in self.adapter_parameters(adapter_name))
         self.set_requires_grad(adapter_name, requires_grad=False)
         remove(self.model, adapter_name)
         self._wrapped = None
@@ -260,13 +275,18 @@ class AdaptedModel(MergeableModel):
             self.prompts.remove(adapter_name)
         else:
             del self.methods[adapter_name]
+        self._go_on_without(adapter_name, alone, frozen)
+
+    def _go_on_without(self, name: str, fused: bool, frozen: bool) -> None:
+        """Leave on what was on beside an adapter that is gone; the first of all where that is nothing."""
         setting = self.switch.setting
-        if adapter_name not in setting.active and setting.composition is not None:
+        if name not in setting.active:
             return
-        left = tuple(n for n in setting.active if n != adapter_name) or tuple(self.peft_config)[:1]
-        self.switch.change(active=(), composition=None)
-        if left:
-            self.set_adapter(left, skip_layers=setting.skip_layers)
+        left = () if fused else tuple(n for n in setting.active if n != name)
+        blocks = {layer.block for layer in self.layers()}
+        self.switch.change(active=left, composition=None, skip_layers=setting.skip_layers & blocks)
+        if not left and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)), inference_mode=frozen)
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:

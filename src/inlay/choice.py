@@ -41,6 +41,7 @@ def choose(asked: Child | Sequence[Child], configs: Mapping[str, Any]) -> Choice
         asked = Stack(*asked)
     tree = _made_out(asked, configs)
     _check_nesting(tree)
+    _check_prompts(tree, configs)
     names = tuple(dict.fromkeys(names_in(tree)))
     if isinstance(tree, str) or (isinstance(tree, Stack) and all(isinstance(c, str) for c in tree.children)):
         return Choice(names)
@@ -112,6 +113,16 @@ def _check_members_run_once(tree: Child) -> None:
                     raise ValueError(
                         f"the fusion {fusion.name!r} runs its members {twice} itself; name the fusion alone, or a block"
                     )
+
+
+def _check_prompts(tree: Child, configs: Mapping[str, Any]) -> None:
+    """Refuse a prompt inside a block that weighs or divides what layers put out: a prompt is there before any layer."""
+    for block in (c for c in (tree.children if isinstance(tree, Stack) else (tree,)) if isinstance(c, Block)):
+        if prompts := [name for name in names_in(block) if configs[name].is_prompt_learning]:
+            raise ValueError(
+                f"the prompts {prompts} act on the model's inputs, so they cannot be part of {block!r}; name them beside it, "
+                "Stack('prompt', block), or give each sample its own with adapter_names"
+            )
 
 
 def _check_nesting(tree: Child) -> None:

@@ -10,7 +10,6 @@ in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_m
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -62,7 +61,7 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             repeated = slot.owner is not None and slot.config is not configs[adapter_name]
             for name in () if repeated else slot.saved():
                 column, _, rest = name.partition(".")
-                disk = _respell(name, slot.method.on_disk)
+                disk = slot.method.on_disk.get(name, name)
                 keys[f"{prefix}{path}.{column}.{adapter_name}{f'.{rest}' if rest else ''}"] = (
                     f"{prefix}{path}.{disk}"
                 )
@@ -101,10 +100,6 @@ def twin_paths(model: nn.Module, adapter_name: str) -> list[str]:
         for path, w in wrappers(bare)
         if isinstance(w, AdaptedLayer) and adapter_name in w.slots and w.slots[adapter_name].owner is not None
     ]
-
-
-def _respell(name: str, on_disk: Mapping[str, str]) -> str:
-    return next((disk for memory, disk in on_disk.items() if name == memory), name)
 
 
 def bare_model(model: nn.Module) -> tuple[str, nn.Module]:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .composition import Child, Parallel, blocks_in
 
+WITHOUT_ROWS = ("logits_to_keep", "cache_position")
+"""Arguments whose tensors have no axis for the batch."""
+
 
 def copies_for(tree: Child | None) -> int:
     """Return how often a composition needs the batch."""
@@ -22,7 +25,7 @@ def repeated(
     """Return a call's arguments with the rows of every tensor of the batch repeated: all of them, then all of them again.
 
     The batch's size is that of the first tensor. Tensors in tuples, lists and dictionaries are repeated as well; what has
-    another number of rows is passed on as it is, such as a cache that an earlier call has filled.
+    another number of rows is passed on as it is, such as a cache that an earlier call has filled; so are positions.
     """
     first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
     if copies == 1 or first is None:
@@ -41,4 +44,6 @@ def repeated(
             return type(value)(**{k: repeat(v) for k, v in value.items()})
         return {k: repeat(v) for k, v in value.items()} if type(value) is dict else value
 
-    return tuple(repeat(v) for v in args), {k: repeat(v) for k, v in kwargs.items()}
+    return tuple(repeat(v) for v in args), {
+        k: v if k in WITHOUT_ROWS else repeat(v) for k, v in kwargs.items()
+    }

@@ -60,7 +60,11 @@ class SavedAdapter:
         if config is None:
             values = PeftConfig.from_json_file(locate(origin, CONFIG_NAME, **hub))
             if is_adapterhub(values):
-                return cls._of_adapterhub(model, origin, values, is_trainable, hub)
+                if key_mapping:
+                    raise ValueError(
+                        f"{origin} is an adapter of AdapterHub's, whose keys Inlay maps by itself; leave key_mapping out"
+                    )
+                return cls._of_adapterhub(model, origin, values, is_trainable, device, hub)
             config = PeftConfig.from_peft_type(**values)
         tensors = load_peft_weights(origin, device, key_mapping, **hub)
         return cls(origin, replace(config, inference_mode=not is_trainable), tensors, hub)
@@ -72,6 +76,7 @@ class SavedAdapter:
         origin: str | os.PathLike[str],
         description: dict[str, Any],
         is_trainable: bool,
+        device: str | torch.device | None,
         hub: dict[str, Any],
     ) -> SavedAdapter:
         from .adapterhub.load import parts_of
@@ -80,7 +85,7 @@ class SavedAdapter:
             kind: cls(
                 origin, replace(part.config, inference_mode=not is_trainable), part.tensors, state=part.state
             )
-            for kind, part in parts_of(read_folder(origin, description, **hub), model).items()
+            for kind, part in parts_of(read_folder(origin, description, device, **hub), model).items()
         }
         first = next(iter(parts))
         return replace(parts[first], others={kind: part for kind, part in parts.items() if kind != first})

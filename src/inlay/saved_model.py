@@ -217,14 +217,19 @@ class SavedModel(nn.Module):
         """Load an adapter that was found, and the members that it needs; options are those of ``load_adapter``."""
         model, meta = cast("PeftModel", self), options["low_cpu_mem_usage"]
         new, is_trainable = name not in model.peft_config, options["is_trainable"]
+        parts = [f"{name}_{kind}" for kind in saved.others]
+        if new and (taken := [part for part in parts if part in model.peft_config]):
+            raise ValueError(
+                f"{saved.origin} holds several adapters, of which one would be named {taken[0]!r}, and there is one of that "
+                "name; load it by another name"
+            )
         with members_loaded(model, name, saved, hub, options):
             if new:
                 model.add_adapter(name, saved.config, meta, options["autocast_adapter_dtype"])
             try:
                 with _fitted(model, name, saved.config):
                     result = self._put(name, saved, meta, is_trainable or not new)
-                if new:
-                    self._take_in_others(saved, name, options, hub)
+                self._take_in_others(saved, name, options, hub)
             except BaseException:
                 if new:
                     model.delete_adapter(name)
@@ -251,16 +256,17 @@ class SavedModel(nn.Module):
         self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
     ) -> list[str]:
         """Load what a folder holds beside an adapter, all of it or nothing, and return the names: ``<name>_<what it is>``."""
-        loaded: list[str] = []
+        model = cast("PeftModel", self)
+        parts = {f"{name}_{kind}": part for kind, part in saved.others.items()}
+        before = set(model.peft_config)
         try:
-            for kind, part in saved.others.items():
-                self._take_in(part, f"{name}_{kind}", options, hub)
-                loaded.append(f"{name}_{kind}")
+            for own, part in parts.items():
+                self._take_in(part, own, options, hub)
         except BaseException:
-            for other in loaded:
-                cast("PeftModel", self).delete_adapter(other)
+            for own in parts.keys() & (model.peft_config.keys() - before):
+                model.delete_adapter(own)
             raise
-        return loaded
+        return list(parts)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""

@@ -54,7 +54,6 @@ class SubLayer:
 
 class _Parked(threading.local):
     value: Any = None
-    rows: Tensor | None = None
 
 
 class Tap:

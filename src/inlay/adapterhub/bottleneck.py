@@ -151,6 +151,10 @@ def keys_for(
         if config.shared_W_phm and (factor := re.fullmatch(r"adapter_(down|up)\.W(_left|_right)?", rest)):
             renamed[f"{top}shared_parameters.{name}.W_{factor[1]}{factor[2] or ''}"] = tensor
             continue
+        if path not in found:
+            raise AdapterFileError(
+                f"the model has no sub-layer that ends in {path!r}: is it another model or class?"
+            )
         at = f"{holder_of(found[path])}.adapters.{name}"
         for there in _parts_there(rest, config):
             renamed[f"{at}.{there}"] = tensor

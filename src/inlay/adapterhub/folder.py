@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import CONFIG_NAME
@@ -84,7 +85,12 @@ def describe(origin: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | Non
     return values if is_adapterhub(values) else None
 
 
-def read_folder(origin: str | os.PathLike[str], description: Mapping[str, Any], **hub: Any) -> Folder:
+def read_folder(
+    origin: str | os.PathLike[str],
+    description: Mapping[str, Any],
+    device: str | torch.device | None = None,
+    **hub: Any,
+) -> Folder:
     """Read the tensors of a folder.
 
     Raises:
@@ -95,5 +101,5 @@ def read_folder(origin: str | os.PathLike[str], description: Mapping[str, Any], 
             path = locate(origin, name, **hub)
         except ValueError:
             continue
-        return Folder(str(origin), description, read_file(path))
+        return Folder(str(origin), description, read_file(path, device))
     raise AdapterFileError(f"{origin} holds neither {SAFETENSORS} nor {PICKLE}")

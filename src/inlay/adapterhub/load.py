@@ -19,7 +19,7 @@ NOT_READ = {
     "invertible_adapters": "an invertible adapter",
     "prefix_gates": "a gated prefix",
 }
-HOLDERS = {
+HOLDERS_OF = {
     "bottleneck": ("adapters", "shared_parameters"),
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings",),
@@ -50,12 +50,12 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for told in folder.configs:
         kind = str(told.get("architecture") or "bottleneck")
-        if kind not in HOLDERS or kind in parts:
+        if kind not in HOLDERS_OF or kind in parts:
             raise ValueError(
                 f"{folder.origin} holds {'a second' if kind in parts else 'the method'} {kind!r}; Inlay reads one each of "
-                f"{', '.join(HOLDERS)}"
+                f"{', '.join(HOLDERS_OF)}"
             )
-        own = [entry for entry in entries if entry.holder in HOLDERS[kind]]
+        own = [entry for entry in entries if entry.holder in HOLDERS_OF[kind]]
         if not own:
             raise AdapterFileError(f"{folder.origin} has no tensors of its {kind!r}")
         parts[kind] = _converted(kind, told, own, known)

@@ -35,7 +35,9 @@ def run(options: Convert) -> None:
         if description is None:
             base = base_of(adapter, options.model)
             config = PeftConfig.from_pretrained(adapter)
-            model = structure_of(base, config.revision if options.model is None else None)
+            revision = config.revision if options.model is None else None
+            trained_on = (config.auto_mapping or {}).get("base_model_class")
+            model = structure_of(base, revision, trained_on)
             write_adapterhub(folder, model, config, load_peft_weights(adapter), options.name)
             written = ["."]
         else:
@@ -51,6 +53,9 @@ def _from_adapterhub(
     if not recorded:
         raise UserError(f"{adapter} does not record its base model: give --model")
     base = model_place(recorded)
+    found, wanted = load_config(base, None).model_type, description.get("model_type")
+    if wanted and found != wanted:
+        raise UserError(f"{adapter} is for a model of type {wanted!r}, and {base} is of type {found!r}")
     parts = parts_of(read_folder(adapter, description), structure_of(base, None, description["model_class"]))
     names = {kind: "." if len(parts) == 1 else kind for kind in parts}
     for kind, part in parts.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -180,8 +181,9 @@ class Vera(Method, name="VERA"):
         """Return A and B where and as a computation needs them."""
         found = self.copies.get((device, dtype))
         if found is None:
-            a, b = self._drawn(slot.config)
-            found = self.copies[device, dtype] = (a.to(device, dtype), b.to(device, dtype))
+            with _for_training_too():
+                a, b = self._drawn(slot.config)
+                found = self.copies[device, dtype] = (a.to(device, dtype), b.to(device, dtype))
         return found
 
     def _drawn(self, config: Any) -> tuple[Tensor, Tensor]:
@@ -212,3 +214,8 @@ class Vera(Method, name="VERA"):
                     "is it an adapter of another base model?"
                 )
         self.pair, self.copies = (a, b), {}
+
+
+def _for_training_too() -> AbstractContextManager[Any]:
+    """A context whose tensors may be saved for a backward pass later, also where inference mode is on now."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

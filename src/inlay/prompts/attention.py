@@ -148,6 +148,7 @@ def _sdpa(
         kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
         mask = extended_mask(mask, front, key)
         key, value = front.before(key, value)
+        kwargs["is_causal"] = False  # the mask says it all
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
 

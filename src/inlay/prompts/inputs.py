@@ -96,6 +96,7 @@ def put_in_front(
     """Change arguments in place: virtual tokens in front of the embeddings, and of all that goes with them."""
     settled = (lambda x: x) if fills_left else tokens.settled
     given.pop("input_ids", None)
+    given.pop("cache_position", None)  # transformers 4 counts the tokens beforehand
     given["inputs_embeds"] = settled(torch.cat([tokens.embeddings, own], dim=1))
     mask = _checked_mask(given.get("attention_mask"))
     if mask is None and tokens.empty is not None:
