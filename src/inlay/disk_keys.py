@@ -21,6 +21,7 @@ from .config import PeftConfig
 from .extras import ModulesToSaveWrapper
 from .layer import AdaptedLayer
 from .method import Slot
+from .output_layer import AdaptedOutput
 from .prompts.encoder import PromptModule
 from .targets import embedding_ends, model_config
 from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
@@ -145,6 +146,8 @@ def embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["au
     found = []
     for path, place in places(bare).items():
         wrapper = place.wrapper
+        while isinstance(wrapper, AdaptedOutput):
+            wrapper = wrapper.base_layer
         adapted = (
             isinstance(wrapper, AdaptedLayer)
             and adapter_name in wrapper.slots
@@ -152,7 +155,7 @@ def embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["au
         )
         at_an_end = path.rsplit(".", 1)[-1] in EMBEDDINGS or _is_embedding(bare, place)
         if (adapted and path.rsplit(".", 1)[-1] in EMBEDDINGS) or (whole and at_an_end):
-            found.append(f"{prefix}{place.real_path}{unwrapped(wrapper)[1]}.weight")
+            found.append(f"{prefix}{place.real_path}{unwrapped(place.wrapper)[1]}.weight")
     return found
 
 
