@@ -142,7 +142,7 @@ class BottleneckConfig(PeftConfig):
         return cls(**(preset_fields(name) | changes))
 
     def _check_values(self) -> None:
-        if self.inv_adapter == "glow":
+        if str(self.inv_adapter) == "glow":
             raise ValueError(
                 "inv_adapter='glow' is not implemented in Inlay; 'nice', the form of the MAD-X paper, is"
             )
