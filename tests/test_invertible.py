@@ -297,7 +297,7 @@ def test_a_module_around_the_head_cannot_be_saved_whole() -> None:
         get_peft_model(plain, config(modules_to_save=["cls"]))
     assert is_clean(plain)
     model = get_peft_model(plain, config())
-    with pytest.raises(ValueError, match="at predictions.decoder, an invertible adapter is undone"):
+    with pytest.raises(ValueError, match=r"at predictions\.decoder, an invertible adapter is undone"):
         model.add_adapter("b", LoraConfig(target_modules=["query"], modules_to_save=["cls"]))
     model = get_peft_model(base("bert_mlm"), LoraConfig(target_modules=["query"], modules_to_save=["cls"]))
     with pytest.raises(ValueError, match="which is inside cls"):
@@ -325,7 +325,7 @@ def test_start(start: str) -> None:
 
 @pytest.mark.parametrize("name", ["roberta", "deberta", "distilbert", "albert", "vit", "dinov2"])
 def test_models_without_a_head_have_the_coupling_alone(name: str) -> None:
-    model = get_peft_model(model_named(name), config(leave_out=[0, 1])).eval()
+    model = get_peft_model(model_named(name), config(leave_out=[0] if name == "albert" else [0, 1])).eval()
     with torch.no_grad():
         plain = output_of(model, inputs_for(name))
         shake(model)

@@ -55,7 +55,7 @@ def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwar
     return _Pass(layer, args, kwargs).output((here,), x)
 
 
-def after_composed(layer: AdaptedLayer, tree: Block, x: Tensor, y: Tensor, norm: Tap | None) -> Tensor:
+def after_composed(layer: AdaptedLayer, tree: Node, x: Tensor, y: Tensor, norm: Tap | None) -> Tensor:
     """Return what a composition makes of a module's output.
 
     Args:

@@ -69,8 +69,12 @@ def _undone(layer: AdaptedOutput, node: Node, h: Tensor) -> Tensor:
     )
 
 
-def check_invertible(layer: AdaptedOutput, tree: Child) -> None:
-    """Raise ValueError where a composition mixes what its members do to the embeddings: such a mixture has no inverse."""
+def invertible_part(layer: AdaptedOutput, tree: Child) -> Node:
+    """Return what a composition is to the embeddings.
+
+    Raises:
+        ValueError: it mixes what its members do to them; such a mixture has no inverse.
+    """
     here = pruned(layer, tree)
     for block in blocks_in(here) if here is not None else ():
         if isinstance(block, (Average, Fuse)):
@@ -78,3 +82,4 @@ def check_invertible(layer: AdaptedOutput, tree: Child) -> None:
                 f"{block!r} mixes invertible adapters, and a mixture has no inverse to put in front of the head; use a Stack, "
                 "or adapters without inv_adapter"
             )
+    return here

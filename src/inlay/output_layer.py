@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .composed import after_composed
-from .composed_parts import rows_by_adapter
+from .composed_parts import Node, rows_by_adapter
 from .config import PeftConfig
-from .inverse import InverseTap, check_invertible
+from .inverse import InverseTap, invertible_part
 from .kinds import Output
 from .kinds.output import Embedded
 from .layer import AdaptedLayer
@@ -64,9 +64,10 @@ class AdaptedOutput(AdaptedLayer):
         if setting.route is not None:
             return _with_first(output, self._through_rows(setting.route, x, y))
         if setting.composition is not None:
+            tree: Node = setting.composition
             if isinstance(self.kind, Embedded):
-                check_invertible(self, setting.composition)
-            return _with_first(output, after_composed(self, setting.composition, x, y, self.after_norm))
+                tree = invertible_part(self, setting.composition)
+            return _with_first(output, after_composed(self, tree, x, y, self.after_norm))
         return _with_first(output, self._through(self.live_slots(setting), x, y))
 
     def acts(self) -> bool:
