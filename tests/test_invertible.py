@@ -291,6 +291,15 @@ def test_a_head_that_is_saved_whole() -> None:
         torch.testing.assert_close(llama.lm_head(o), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_that_is_replaced() -> None:
+    model = adapted("gpt2")
+    shake(model)
+    with torch.no_grad():
+        wanted = output_of(model, inputs("gpt2"))
+        model.base_model.model.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
+        torch.testing.assert_close(output_of(model, inputs("gpt2"))[..., :VOCABULARY], wanted)
+
+
 def test_a_module_around_the_head_cannot_be_saved_whole() -> None:
     plain = base("bert_mlm")
     with pytest.raises(ValueError, match=r"inside cls.*name cls\.predictions\.decoder itself"):

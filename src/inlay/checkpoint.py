@@ -61,7 +61,8 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     keys = disk_keys(model, adapter_name)
-    keys = embedding_keys(model, adapter_name, save_embedding_layers) | keys
+    for name, disk in embedding_keys(model, adapter_name, save_embedding_layers).items():
+        keys.setdefault(name, disk)
     beside = shared_tensors(first_slot(model, adapter_name)) | _computed_prompt(
         model, adapter_name, state_dict
     )

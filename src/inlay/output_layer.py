@@ -61,6 +61,10 @@ class AdaptedOutput(AdaptedLayer):
             return output
         setting, y = self.setting(), _first_of(output, self.base_layer)
         x = y if isinstance(self.kind, Embedded) else self._input(args, kwargs)
+        if self.inverse is not None and not torch.compiler.is_compiling():
+            set_tap(
+                self._head(), self.inverse
+            )  # the head may be another one by now: the vocabulary was resized
         if setting.route is not None:
             return _with_first(output, self._through_rows(setting.route, x, y))
         if setting.composition is not None:
