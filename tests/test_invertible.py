@@ -174,6 +174,9 @@ def test_keys_and_numbers() -> None:
     with torch.device("meta"):
         model = get_peft_model(tf.BertModel(tf.BertConfig()), BottleneckConfig.preset("pfeiffer+inv"))
     assert model.get_nb_trainable_parameters()[0] == 1_190_592
+    with torch.device("meta"):
+        model = get_peft_model(tf.BertModel(tf.BertConfig()), BottleneckConfig.preset("double_seq_bn_inv"))
+    assert model.get_nb_trainable_parameters()[0] == 2_085_120
     houlsby = BottleneckConfig.preset("houlsby+inv")
     assert (houlsby.inv_adapter, houlsby.non_linearity, houlsby.inv_adapter_reduction_factor) == (
         "nice",
