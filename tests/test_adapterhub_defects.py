@@ -292,9 +292,14 @@ def test_s2_15_generation_is_the_same_with_and_without_cache(name: str) -> None:
     assert torch.equal(with_cache, without)
 
 
-def test_s2_17_invertible_adapters_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="inv_adapter='nice' is not implemented"):
-        BottleneckConfig(inv_adapter="nice")
+def test_s2_17_the_inverse_is_applied_at_the_head() -> None:
+    model = shake(get_peft_model(tiny("gpt2"), BottleneckConfig.preset("seq_bn_inv", reduction_factor=4)))
+    inner = model.get_base_model()
+    embedded = torch.randn(2, 5, 16)
+    coupled = inner.transformer.drop(embedded)
+    assert not torch.allclose(coupled, embedded, atol=1e-2)
+    wanted = torch.nn.functional.linear(embedded, inner.lm_head.weight)
+    torch.testing.assert_close(inner.lm_head(coupled), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_s2_19_settings_of_kronecker_products_and_scaling() -> None:

@@ -479,7 +479,7 @@ def test_merging_is_refused_before_anything_is_changed() -> None:
         ({"placement": "both", "target_modules": ["x"]}, "give one of them"),
         ({"target_modules": ["x"], "original_ln_after": False}, "use placement"),
         ({"leave_out": [-1]}, "leave_out"),
-        ({"inv_adapter": "nice"}, "not implemented"),
+        ({"inv_adapter": "glow"}, "not implemented"),
     ],
     ids=str,
 )  # fmt: skip

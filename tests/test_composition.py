@@ -275,12 +275,16 @@ def test_training_and_freezing_follow_the_blocks() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_deleting_an_adapter_of_a_composition_leaves_the_others_in_order() -> None:
+def test_an_adapter_beside_a_composition_is_deleted_and_one_in_it_is_not() -> None:
     model, x = chain("lora", "wide", "bitfit"), chain_input()
     model.set_adapter(Average("lora", "wide"))
     y = model(x)
     model.delete_adapter("bitfit")
     assert torch.equal(model(x), y)
+    with pytest.raises(ValueError, match="wide takes part in Average"):
+        model.delete_adapter("wide")
+    assert torch.equal(model(x), y)
+    model.set_adapter("lora")
     model.delete_adapter("wide")
     assert torch.equal(model(x), run(model, "lora", x))
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .config import CONFIG_NAME
 from .disk_keys import (
     PROMPT,
-    WHOLE_EMBEDDING,
     bare_model,
     disk_keys,
     embedding_keys,
@@ -21,6 +20,7 @@ from .disk_keys import (
     prompt_network,
     shared_keys,
     shared_tensors,
+    whole_embeddings,
 )
 from .errors import AdapterFileError
 from .extras import ModulesToSaveWrapper
@@ -61,8 +61,8 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     keys = disk_keys(model, adapter_name)
-    for name in embedding_keys(model, adapter_name, save_embedding_layers):
-        keys.setdefault(name, name)
+    for name, disk in embedding_keys(model, adapter_name, save_embedding_layers).items():
+        keys.setdefault(name, disk)
     beside = shared_tensors(first_slot(model, adapter_name)) | _computed_prompt(
         model, adapter_name, state_dict
     )
@@ -122,7 +122,7 @@ def set_peft_model_state_dict(
     shared = {key: peft_model_state_dict.get(key) for key in shared_keys(first)}
     memory = {disk: name for name, disk in keys.items()}
     live = _tensors(model)
-    base = {name: name for name in live if name.endswith(WHOLE_EMBEDDING)}
+    base = {disk: name for name, disk in whole_embeddings(model, live).items()}
     wanted = {disk: memory.get(disk, base.get(disk)) for disk in peft_model_state_dict if disk not in shared}
     wrong = [
         (d, m) for d, m in wanted.items() if m is not None and live[m].shape != peft_model_state_dict[d].shape

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .composed_parts import Node, dividing, flat, pairs_of, pruned, slots_of, stack_of
+from .composed_parts import Node, axis_and_sizes, dividing, flat, pairs_of, pruned, slots_of, stack_of
 from .composed_weights import composed_tensors
 from .composition import (
     Average,
@@ -55,7 +55,7 @@ def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwar
     return _Pass(layer, args, kwargs).output((here,), x)
 
 
-def after_composed(layer: AdaptedLayer, tree: Block, x: Tensor, y: Tensor, norm: Tap | None) -> Tensor:
+def after_composed(layer: AdaptedLayer, tree: Node, x: Tensor, y: Tensor, norm: Tap | None) -> Tensor:
     """Return what a composition makes of a module's output.
 
     Args:
@@ -228,31 +228,7 @@ class _Pass:
         return all(_only_adds(slot) for slot in slots_of(self.layer, node))
 
     def _parts(self, node: Block, x: Tensor) -> tuple[int, list[int]]:
-        """Return the axis along which a block divides the input, and the sizes of the parts."""
-        name = type(self.layer.get_base_layer()).__name__
-        if not self.layer.kind.by_rows or self.args or self.kwargs:
-            raise ValueError(
-                f"{type(node).__name__} is not supported on {name} layers, which need the batch as a whole"
-            )
-        if isinstance(node, Split):
-            axes, length = 3 - (not x.is_floating_point()), x.shape[1] if x.dim() > 1 else 0
-            if x.dim() != axes or self.layer.kind.spread(x.new_empty(1)).dim() != 1:
-                raise ValueError(
-                    f"{node!r} needs layers that read [batch, sequence, features], but a {name} layer received "
-                    f"{list(x.shape)}; leave it out with exclude_modules"
-                )
-            if sum(node.splits) != length:
-                raise ValueError(
-                    f"{node!r} has {sum(node.splits)} positions but the sequence has {length}; cached generation feeds one "
-                    "token at a time, so it cannot be done under a Split"
-                )
-            return 1, list(node.splits)
-        sizes = node.batch_sizes if isinstance(node, BatchSplit) else (1,) * len(node.children)
-        if not x.dim() or x.shape[0] % sum(sizes):
-            raise ValueError(
-                f"{node!r} has {sum(sizes)} rows but a layer received {list(x.shape)}, no multiple of it"
-            )
-        return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
+        return axis_and_sizes(self.layer, node, x, whole=bool(self.args or self.kwargs))
 
 
 def _only_adds(slot: Slot) -> bool:

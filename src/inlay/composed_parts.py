@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .composition import BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in
 from .method import Slot
+from .switch import BASE
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
@@ -63,3 +67,60 @@ def dividing(stack: tuple[Node, ...]) -> Block | None:
 def pairs_of(node: Block, values: Any) -> Iterator[tuple[Any, Any]]:
     """Yield each child with what belongs to it."""
     return zip(node.children, values, strict=True)
+
+
+def axis_and_sizes(layer: AdaptedLayer, node: Block, x: Tensor, whole: bool = False) -> tuple[int, list[int]]:
+    """Return the axis along which a block divides what a layer reads, and the sizes of the parts.
+
+    Args:
+        layer: the layer.
+        node: the block.
+        x: what is to be divided.
+        whole: whether the layer was given more than x, which cannot be divided.
+
+    Raises:
+        ValueError: the layer or the sizes of x do not allow it.
+    """
+    name = type(layer.get_base_layer()).__name__
+    if not layer.kind.by_rows or whole:
+        raise ValueError(
+            f"{type(node).__name__} is not supported on {name} layers, which need the batch as a whole"
+        )
+    if isinstance(node, Split):
+        axes, length = 3 - (not x.is_floating_point()), x.shape[1] if x.dim() > 1 else 0
+        if x.dim() != axes or layer.kind.spread(x.new_empty(1)).dim() != 1:
+            raise ValueError(
+                f"{node!r} needs layers that read [batch, sequence, features], but a {name} layer received "
+                f"{list(x.shape)}; leave it out with exclude_modules"
+            )
+        if sum(node.splits) != length:
+            raise ValueError(
+                f"{node!r} has {sum(node.splits)} positions but the sequence has {length}; cached generation feeds one "
+                "token at a time, so it cannot be done under a Split"
+            )
+        return 1, list(node.splits)
+    sizes = node.batch_sizes if isinstance(node, BatchSplit) else (1,) * len(node.children)
+    if not x.dim() or x.shape[0] % sum(sizes):
+        raise ValueError(
+            f"{node!r} has {sum(sizes)} rows but a layer received {list(x.shape)}, no multiple of it"
+        )
+    return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
+
+
+def rows_by_adapter(layer: AdaptedLayer, route: tuple[str, ...], y: Tensor) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield the adapters of a mixed batch that sit on the layer, each with the numbers of its rows of y.
+
+    Rows of one sample stay together, as in ``[batch * beams, ...]``.
+
+    Raises:
+        ValueError: y has no multiple of the batch's rows.
+    """
+    if y.shape[0] % len(route):
+        raise ValueError(
+            f"adapter_names has {len(route)} entries but a module put out {y.shape[0]} rows, not a multiple of it"
+        )
+    repeats = y.shape[0] // len(route)
+    names = [name for name in route for _ in range(repeats)]
+    for name in sorted({n for n in names if n != BASE and n in layer.slots}):
+        rows = [i for i, n in enumerate(names) if n == name]
+        yield layer.slots[name], torch.tensor(rows, device=y.device)

@@ -10,6 +10,7 @@ in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_m
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +21,7 @@ from .config import PeftConfig
 from .extras import ModulesToSaveWrapper
 from .layer import AdaptedLayer
 from .method import Slot
+from .output_layer import AdaptedOutput
 from .prompts.encoder import PromptModule
 from .targets import embedding_ends, model_config
 from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
@@ -70,8 +72,19 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             for name in wrapper.modules_to_save[adapter_name].state_dict():
                 keys[f"{prefix}{path}.modules_to_save.{adapter_name}.{name}"] = f"{start}{path}.{name}"
     keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
-    outputs = [f"{prefix}{path}" for path in adapted_outputs(bare)]
+    outputs = _outputs(model)
     return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
+
+
+def whole_embeddings(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return ``{name in memory: key on disk}`` for those of a model's tensors that may be embeddings saved whole."""
+    outputs = _outputs(model)
+    return {name: path_in_files(name, outputs) for name in names if name.endswith(WHOLE_EMBEDDING)}
+
+
+def _outputs(model: nn.Module) -> list[str]:
+    prefix, bare = bare_model(model)
+    return [f"{prefix}{path}" for path in adapted_outputs(bare)]
 
 
 def first_slot(model: nn.Module, adapter_name: str) -> Slot | None:
@@ -131,15 +144,20 @@ def _bias_names(prefix: str, bare: nn.Module, config: PeftConfig, adapter_name: 
     return []
 
 
-def embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> list[str]:
-    """Return the names of embeddings that are saved whole: adapted ones, or both where the vocabulary has another size."""
+def embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["auto"]) -> dict[str, str]:
+    """Return ``{name in memory: key on disk}`` for embeddings that are saved whole.
+
+    They are the adapted ones, or both where the vocabulary has another size.
+    """
     prefix, bare = bare_model(model)
     if save is False:
-        return []
+        return {}
     whole = save is True or _vocabulary_resized(bare, cast("Any", model).peft_config[adapter_name])
     found = []
     for path, place in places(bare).items():
         wrapper = place.wrapper
+        while isinstance(wrapper, AdaptedOutput):
+            wrapper = wrapper.base_layer
         adapted = (
             isinstance(wrapper, AdaptedLayer)
             and adapter_name in wrapper.slots
@@ -147,8 +165,9 @@ def embedding_keys(model: nn.Module, adapter_name: str, save: bool | Literal["au
         )
         at_an_end = path.rsplit(".", 1)[-1] in EMBEDDINGS or _is_embedding(bare, place)
         if (adapted and path.rsplit(".", 1)[-1] in EMBEDDINGS) or (whole and at_an_end):
-            found.append(f"{prefix}{place.real_path}{unwrapped(wrapper)[1]}.weight")
-    return found
+            found.append(f"{prefix}{place.real_path}{unwrapped(place.wrapper)[1]}.weight")
+    outputs = _outputs(model)
+    return {name: path_in_files(name, outputs) for name in found}
 
 
 def _is_embedding(bare: nn.Module, place: Place) -> bool:

@@ -13,12 +13,14 @@ from .config import PeftConfig
 from .errors import NoMatchingPeftModuleError
 from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
 from .in_weight import mark_shared
+from .inverse import InverseTap
 from .kinds import LayerKind, Linear, Output, kind_of, supported_layers
 from .layer import AdaptedLayer
 from .method import Method, Slot, method_by_name
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .output_layer import AdaptedOutput
 from .switch import Switch
+from .taps import taps_on
 from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .torch_fast_paths import keep_modules_called, restore_fast_paths
@@ -294,10 +296,19 @@ def _save_whole(place: Place, name: str, switch: Switch) -> None:
         raise ValueError(
             f"modules_to_save names {place.path}, which another adapter targets; choose one of the two"
         )
+    if inside := [path for path, m in place.module.named_modules() if path and _undoes(m)]:
+        raise ValueError(
+            f"modules_to_save names {place.path}, inside which, at {inside[0]}, an invertible adapter is undone; name that "
+            "module itself"
+        )
     if not isinstance(wrapper, ModulesToSaveWrapper):
         wrapper = ModulesToSaveWrapper(place.module, switch)
         place.replace(wrapper)
     wrapper.add(name)
+
+
+def _undoes(module: nn.Module) -> bool:
+    return any(isinstance(tap, InverseTap) for tap in taps_on(module))
 
 
 def _add_token_rows(

@@ -149,6 +149,10 @@ class Method:
         """Change the layer's output ``y[..., out]``; ``x`` is the input that ``before`` was given."""
         return y
 
+    def undo(self, slot: Slot, y: Tensor) -> Tensor:
+        """Return what ``after`` was given, from what it returned; for adapters of embeddings, which the head wants back."""
+        raise NotImplementedError
+
     def fused(self, slot: Slot, x: Tensor) -> Tensor | None:
         """Return what the adapted layer computes, base product included, or None where there is no such path."""
         return None

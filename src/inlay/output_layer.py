@@ -24,11 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from .composed import after_composed
+from .composed_parts import Node, rows_by_adapter
 from .config import PeftConfig
+from .inverse import InverseTap, invertible_part
 from .kinds import Output
+from .kinds.output import Embedded
 from .layer import AdaptedLayer
 from .method import Method, Slot
-from .switch import BASE, Switch
+from .switch import Switch
 from .taps import Hung, NormTap, ResidualTap, drop_tap, first_input, set_tap
 
 
@@ -47,6 +50,7 @@ class AdaptedOutput(AdaptedLayer):
         super().__init__(base_layer, kind, switch)
         self.residual = ResidualTap(self) if kind.sublayer is not None else None
         self.after_norm = NormTap(self) if self._norm_place() is not None else None
+        self.inverse = InverseTap(self) if isinstance(kind, Embedded) and kind.head is not None else None
 
     # ------------------------------------------------------------------ forward
 
@@ -56,11 +60,18 @@ class AdaptedOutput(AdaptedLayer):
         if not self.acts():
             return output
         setting, y = self.setting(), _first_of(output, self.base_layer)
-        x = self._input(args, kwargs)
+        x = y if isinstance(self.kind, Embedded) else self._input(args, kwargs)
+        if self.inverse is not None and not torch.compiler.is_compiling():
+            set_tap(
+                self._head(), self.inverse
+            )  # the head may be another one by now: the vocabulary was resized
         if setting.route is not None:
             return _with_first(output, self._through_rows(setting.route, x, y))
         if setting.composition is not None:
-            return _with_first(output, after_composed(self, setting.composition, x, y, self.after_norm))
+            tree: Node = setting.composition
+            if isinstance(self.kind, Embedded):
+                tree = invertible_part(self, setting.composition)
+            return _with_first(output, after_composed(self, tree, x, y, self.after_norm))
         return _with_first(output, self._through(self.live_slots(setting), x, y))
 
     def acts(self) -> bool:
@@ -90,23 +101,20 @@ class AdaptedOutput(AdaptedLayer):
 
     def _through_rows(self, route: tuple[str, ...], x: Tensor, y: Tensor) -> Tensor:
         """Run each sample through its own adapter. Rows of one sample stay together, as in ``[batch * beams, ...]``."""
-        if y.shape[0] % len(route) or x.shape[0] != y.shape[0]:
+        if x.shape[0] != y.shape[0]:
             raise ValueError(
-                f"adapter_names has {len(route)} entries but a module put out {y.shape[0]} rows, not a multiple of it"
+                f"adapter_names needs as many rows in a residual ({x.shape[0]}) as in an output ({y.shape[0]})"
             )
-        repeats, passed = y.shape[0] // len(route), []
-        names = [name for name in route for _ in range(repeats)]
-        out = y
-        for name in sorted({n for n in names if n != BASE and n in self.slots}):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=y.device)
+        passed, out = [], y
+        for slot, rows in rows_by_adapter(self, route, y):
             # The model's norm, which the adapter may use, has rows of this adapter alone.
             alone = (
-                nullcontext() if self.after_norm is None else self.switch.within(active=(name,), route=None)
+                nullcontext()
+                if self.after_norm is None
+                else self.switch.within(active=(slot.name,), route=None)
             )
             with alone:
-                part = self._through(
-                    [self.slots[name]], x.index_select(0, rows.to(x.device)), y.index_select(0, rows)
-                )
+                part = self._through([slot], x.index_select(0, rows.to(x.device)), y.index_select(0, rows))
             if self.after_norm is not None and (left := self.after_norm.take()) is not None:
                 passed.append((rows, left))
             out = out.index_copy(0, rows, part.to(out.dtype))
@@ -129,12 +137,17 @@ class AdaptedOutput(AdaptedLayer):
     def _norm_place(self) -> Hung | None:
         return None if self.kind.sublayer is None else self.kind.sublayer.norm
 
+    def _head(self) -> nn.Module:
+        return cast("Any", self.kind).head.place.module  # type: ignore[no-any-return]
+
     def add(self, name: str, method: Method, config: PeftConfig, path: str) -> Slot:
         slot = super().add(name, method, config, path)
         if self.residual is not None and self.kind.sublayer is not None:
             set_tap(self.kind.sublayer.entry.module, self.residual)
         if self.after_norm is not None and (norm := self.norm()) is not None:
             set_tap(norm, self.after_norm)
+        if self.inverse is not None:
+            set_tap(self._head(), self.inverse)
         return slot
 
     def remove(self, name: str) -> None:
@@ -143,11 +156,13 @@ class AdaptedOutput(AdaptedLayer):
             self.release()
 
     def release(self) -> None:
-        """Take the hooks off the sub-layer."""
+        """Take the hooks off the sub-layer, or off the head."""
         if self.residual is not None and self.kind.sublayer is not None:
             drop_tap(self.kind.sublayer.entry.module, self.residual)
         if self.after_norm is not None and (norm := self.norm()) is not None:
             drop_tap(norm, self.after_norm)
+        if self.inverse is not None:
+            drop_tap(self._head(), self.inverse)
 
     # ------------------------------------------------------------------ what needs a weight
 

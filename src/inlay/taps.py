@@ -16,7 +16,7 @@ import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -52,12 +52,28 @@ class SubLayer:
     norm: Hung | None = None
 
 
+@dataclass(frozen=True)
+class Head:
+    """Where the head of a language model hangs, in front of which invertible adapters are undone.
+
+    Attributes:
+        place: where it hangs.
+        argument: the name of its first input, for callers that give it by name.
+    """
+
+    place: Hung
+    argument: str
+
+
 class _Parked(threading.local):
     value: Any = None
 
 
 class Tap:
     """A hook that keeps a value for its own thread; the layer that it belongs to says whether it has work to do."""
+
+    before: ClassVar[bool] = False
+    """Whether it acts before the module that it hangs on, instead of after it."""
 
     def __init__(self, layer: AdaptedOutput) -> None:
         self.layer = layer
@@ -81,6 +97,8 @@ class Tap:
 
 class ResidualTap(Tap):
     """A forward pre-hook that keeps the first input of the module it sits on."""
+
+    before = True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the input, while an adapter is on that may ask for it."""
@@ -133,8 +151,8 @@ def set_tap(module: nn.Module, tap: Tap) -> None:
     """Hang a tap on a module, unless it hangs there."""
     if any(present is tap for present in taps_on(module)):
         return
-    if isinstance(tap, ResidualTap):
-        module.register_forward_pre_hook(tap, with_kwargs=True)
+    if tap.before:
+        module.register_forward_pre_hook(cast("Any", tap), with_kwargs=True)
     else:
         module.register_forward_hook(cast("Any", tap))
 

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..methods.bottleneck.config import BottleneckConfig
+from ..methods.bottleneck.invertible import embedding_sites
 from ..methods.bottleneck.sublayers import find_sublayers
 from ..walk import Place
 from .folder import Entry
@@ -54,10 +55,32 @@ def config_of(told: Mapping[str, Any]) -> BottleneckConfig:
     )
 
 
+def behind_embeddings(config: BottleneckConfig, model: nn.Module, known: Mapping[str, Place]) -> str:
+    """Return the module behind which an invertible adapter sits, empty where the configuration has none.
+
+    Raises:
+        ValueError: the model does not tell its embeddings, or AdapterHub puts such an adapter somewhere else.
+    """
+    if config.inv_adapter is None:
+        return ""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "AdapterHub's invertible adapters change the embeddings of an encoder alone, Inlay's those of the decoder as well; "
+            f"files of {type(model).__name__} cannot be exchanged"
+        )
+    return embedding_sites(config, model, known)[0].place.path
+
+
 def tensors_of(
-    entries: Sequence[Entry], config: BottleneckConfig, known: Mapping[str, Place]
+    entries: Sequence[Entry], config: BottleneckConfig, known: Mapping[str, Place], behind: str
 ) -> dict[str, Tensor]:
     """Return the tensors by the keys of Inlay's files.
+
+    Args:
+        entries: the tensors of the file.
+        config: the configuration.
+        known: every module of the bare model by its path.
+        behind: the module behind which an invertible adapter sits.
 
     Raises:
         AdapterFileError: the model has no place for one of them.
@@ -73,6 +96,8 @@ def tensors_of(
     first = next(
         (f"base_model.model.{f.exit.path}" for f in found if f"base_model.model.{f.exit.path}" in paths), ""
     )
+    for entry in (e for e in entries if e.holder == "invertible_adapters"):
+        tensors[f"base_model.model.{behind}.invertible_{entry.rest}"] = entry.tensor
     for entry in (e for e in entries if e.holder == "shared_parameters"):
         if entry.rest == "phm_rule":
             tensors[f"{first}.adapter_rule"] = entry.tensor
@@ -129,7 +154,12 @@ def fields_for(config: BottleneckConfig, width: int) -> dict[str, Any]:
 
 
 def keys_for(
-    tensors: Mapping[str, Tensor], config: BottleneckConfig, name: str, known: Mapping[str, Place], top: str
+    tensors: Mapping[str, Tensor],
+    config: BottleneckConfig,
+    name: str,
+    known: Mapping[str, Place],
+    top: str,
+    behind: str = "",
 ) -> dict[str, Tensor]:
     """Return the tensors by AdapterHub's keys.
 
@@ -139,10 +169,15 @@ def keys_for(
         name: the adapter's name, which is part of the keys.
         known: every module of the bare model by its path.
         top: path of the model without its head, where shared parameters are kept.
+        behind: the module behind which an invertible adapter sits.
     """
     found = {f.exit.path: f for f in find_sublayers(known)}
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        invertible = f"base_model.model.{behind}.invertible_"
+        if key.startswith(invertible):
+            renamed[f"{top}invertible_adapters.{name}.{key.removeprefix(invertible)}"] = tensor
+            continue
         path, _, rest = key.removeprefix("base_model.model.").partition(".adapter_")
         rest = f"adapter_{rest}"
         if rest == "adapter_rule":

@@ -61,14 +61,14 @@ class Folder:
             AdapterFileError: a key is not of the adapter.
         """
         name = re.escape(str(self.description["name"]))
-        pattern = re.compile(rf"(?P<at>.*)\.(?P<holder>{'|'.join(HOLDERS)})\.{name}\.(?P<rest>.*)")
+        pattern = re.compile(rf"(?:(?P<at>.*)\.)?(?P<holder>{'|'.join(HOLDERS)})\.{name}\.(?P<rest>.*)")
         for key, tensor in self.tensors.items():
             found = pattern.fullmatch(key)
             if found is None:
                 raise AdapterFileError(
                     f"{self.origin}: {key!r} is no tensor of adapter {self.description['name']!r}"
                 )
-            yield Entry(found["at"], found["holder"], found["rest"], tensor)
+            yield Entry(found["at"] or "", found["holder"], found["rest"], tensor)
 
 
 def is_adapterhub(values: Any) -> bool:

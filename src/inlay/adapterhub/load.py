@@ -16,11 +16,10 @@ from .folder import Entry, Folder
 NOT_READ = {
     "refts": "ReFT",
     "prompt_tunings": "AdapterHub's prompt tuning",
-    "invertible_adapters": "an invertible adapter",
     "prefix_gates": "a gated prefix",
 }
 HOLDERS_OF = {
-    "bottleneck": ("adapters", "shared_parameters"),
+    "bottleneck": ("adapters", "shared_parameters", "invertible_adapters"),
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings",),
 }
@@ -58,14 +57,19 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
         own = [entry for entry in entries if entry.holder in HOLDERS_OF[kind]]
         if not own:
             raise AdapterFileError(f"{folder.origin} has no tensors of its {kind!r}")
-        parts[kind] = _converted(kind, told, own, known)
+        parts[kind] = _converted(kind, told, own, known, model)
     return parts
 
 
-def _converted(kind: str, told: dict[str, Any], entries: list[Entry], known: dict[str, Place]) -> Part:
+def _converted(
+    kind: str, told: dict[str, Any], entries: list[Entry], known: dict[str, Place], model: nn.Module
+) -> Part:
     if kind == "lora":
         return Part(*low_rank.convert(told, entries, known))
     if kind == "prefix_tuning":
         return Part(*prefix.convert(told, entries))
     config = bottleneck.config_of(told)
-    return Part(config, bottleneck.tensors_of(entries, config, known))
+    return Part(
+        config,
+        bottleneck.tensors_of(entries, config, known, bottleneck.behind_embeddings(config, model, known)),
+    )

@@ -48,8 +48,10 @@ def write_adapterhub(
     heads = tuple(f"base_model.model.{module}." for module in getattr(config, "modules_to_save", None) or ())
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)} if heads else tensors
     if isinstance(config, BottleneckConfig):
+        known = places(model)
+        behind = bottleneck.behind_embeddings(config, model, known)
         fields = bottleneck.fields_for(config, width)
-        renamed = bottleneck.keys_for(own, config, name, places(model), _top(model))
+        renamed = bottleneck.keys_for(own, config, name, known, _top(model), behind)
     elif isinstance(config, (LoraConfig, IA3Config)):
         fields, renamed = low_rank.fields_and_keys(config, own, name)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import SubLayer, first_argument
+from ..taps import Head, SubLayer, first_argument
 from .base import LayerKind, kind_of, layer_kind
 
 
@@ -70,6 +70,23 @@ class Output(LayerKind):
     @property
     def by_rows(self) -> bool:
         return True
+
+
+class Embedded(Output):
+    """What the embeddings of a model put out, ``e[..., d]``: a place for adapters that are undone in front of its head.
+
+    Args:
+        layer: the module.
+        like: another module that has the width, the device and the dtype of the embeddings.
+        head: where the head hangs; None where there is none, or where another layer's adapters know it.
+        width: d, where ``like`` does not show it.
+    """
+
+    def __init__(
+        self, layer: nn.Module, *, like: nn.Module, head: Head | None, width: int | None = None
+    ) -> None:
+        super().__init__(layer, "output as embeddings", like=like, width=width)
+        self.head, self.in_features = head, self.out_features
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:

@@ -28,6 +28,7 @@ from ..config import PeftConfig, PeftType
 from ..extras import TrainableTokensWrapper
 from ..kinds import Embedding, LayerKind, Linear, Norm, Output
 from ..kinds.base import uninitialised
+from ..kinds.output import Embedded
 from ..layer import AdaptedLayer
 from ..method import Column, Method, Slot
 from ..walk import Place, Site
@@ -85,6 +86,11 @@ class Fusion(Method, name="FUSION"):
         if not isinstance(kind, (Linear, Embedding, Norm, Output)) or getattr(kind, "of_batches", False):
             raise ValueError(
                 f"a fusion needs layers whose features come last; its members {config.members} meet on {path}, which is none"
+            )
+        if isinstance(kind, Embedded):
+            raise ValueError(
+                f"members {config.members} are invertible adapters at {path}, and a mixture of such has no inverse; fuse "
+                "adapters without inv_adapter"
             )
         where: dict[str, Any] = {"device": kind.device, "dtype": kind.dtype}
         size = kind.out_features

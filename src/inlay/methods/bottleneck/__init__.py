@@ -8,7 +8,8 @@ y is the output of a sub-layer before the model adds r to it, or the output of a
 2021 (https://arxiv.org/abs/2005.00247) put one adapter after the feed-forward block, He et al. 2022
 (https://arxiv.org/abs/2110.04366) put it beside, Compacter (Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647) makes the
 projections of Kronecker products. W_up and b_up start at zero, so that the model starts as itself; presets that follow another
-library start as that one does (``presets.py``). f is not linear, so there is nothing to merge.
+library start as that one does (``presets.py``). f is not linear, so there is nothing to merge. MAD-X's invertible adapters are
+in ``invertible.py``.
 Authors' code: https://github.com/google-research/adapter-bert, https://github.com/rabeehk/compacter
 """
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kinds import LayerKind, Output
+from ...kinds.output import Embedded
 from ...method import Column, Method, Slot
 from ...output_layer import AdaptedOutput
 from ...targets import find_targets, matches
@@ -31,6 +33,7 @@ from .activations import activation
 from .block import Kronecker, draw_rule, initialise, layer_norm, linear, new_projection
 from .config import PLACEMENTS, BottleneckConfig
 from .families import FAMILIES
+from .invertible import couple, embedding_sites, initialise_coupling, new_coupling, uncouple
 from .sublayers import find_sublayers
 
 
@@ -39,6 +42,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
 
     config = BottleneckConfig
     mergeable = False
+    saves_embedding = False
     saved_buffers = ("adapter_rule", "adapter_down_rule", "adapter_up_rule")
 
     # ------------------------------------------------------------------ where
@@ -64,7 +68,8 @@ class Bottleneck(Method, name="BOTTLENECK"):
                 f"leave_out={beyond} names blocks that there are not: the model has {blocks}, from 0"
             )
         parts = PLACEMENTS[config.placement or "both"]
-        return [
+        behind = embedding_sites(config, model, known) if config.inv_adapter is not None else []
+        return behind + [
             Site(f.exit, Output(f.exit.module, like=f.like, sublayer=f.sublayer, index=f.block))
             for f in found
             if f.part in parts
@@ -76,6 +81,8 @@ class Bottleneck(Method, name="BOTTLENECK"):
 
     def build(self, kind: LayerKind, config: BottleneckConfig, path: str) -> dict[str, Column]:
         assert isinstance(kind, Output)
+        if isinstance(kind, Embedded):
+            return new_coupling(kind, config, path)
         width, out = kind.in_features if config.parallel else kind.out_features, kind.out_features
         if config.original_ln_before and kind.in_features != out:
             raise ValueError(
@@ -108,11 +115,16 @@ class Bottleneck(Method, name="BOTTLENECK"):
         return columns
 
     def join(self, slots: Sequence[Slot]) -> None:
+        behind = [slot for slot in slots if isinstance(slot.kind, Embedded)]
+        for slot in behind[1:]:
+            slot.shared = behind[0]
+            for name in list(slot.columns):
+                slot.layer.drop(name, slot)
         config: Any = slots[0].config
         if not config.phm_layer or not (config.shared_phm_rule or config.shared_W_phm):
             return
-        first = slots[0]
-        for slot in slots[1:]:
+        first, *others = (slot for slot in slots if not isinstance(slot.kind, Embedded))
+        for slot in others:
             slot.shared = first
             if config.shared_phm_rule:
                 slot.layer.drop("adapter_rule", slot)
@@ -126,6 +138,9 @@ class Bottleneck(Method, name="BOTTLENECK"):
     def init(self, slot: Slot) -> None:
         config: Any = slot.config
         start_at_zero = config.init_weights in ("lora", "mam_adapter")
+        if isinstance(slot.kind, Embedded):
+            initialise_coupling(slot, start_at_zero)
+            return
         drawn = config.hypercomplex_nonlinearity if config.phm_layer else "glorot-uniform"
         initialise(slot["adapter_down"], config.init_weights, False, drawn)
         initialise(slot["adapter_up"], config.init_weights, start_at_zero, drawn)
@@ -151,8 +166,13 @@ class Bottleneck(Method, name="BOTTLENECK"):
                 f"the output of {slot.path} is {y.shape[-1]} wide, its adapter {slot.kind.out_features}; "
                 "say the width with hidden_size"
             )
+        if isinstance(slot.kind, Embedded):
+            return couple(slot, y).to(y.dtype)
         h = self._parallel(slot, x, y) if cast("Any", slot.config).parallel else self._series(slot, x, y)
         return h.to(y.dtype)  # autocast normalises in float32
+
+    def undo(self, slot: Slot, y: Tensor) -> Tensor:
+        return uncouple(slot, y).to(y.dtype)
 
     def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         """Return what the bottleneck reads: y, the residual x, or what the model makes of both."""

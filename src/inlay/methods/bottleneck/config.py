@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ...config import PeftConfig, PeftType
 from .activations import activation
@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_before_ln": (True, False, "post_add"),
     "hypercomplex_nonlinearity": ("glorot-uniform", "glorot-normal", "normal"),
     "phm_c_init": ("normal", "uniform"),
+    "inv_adapter": ("nice", None),
 }
 """The values of fields that have few."""
 
@@ -69,13 +70,14 @@ class BottleneckConfig(PeftConfig):
         low_rank: rank of the projections (MindPet's and OpenDelta's low-rank adapter); None keeps them dense.
         hidden_size: width of the outputs of ``target_modules``, where it cannot be read from them.
         modules_to_save: modules that are trained and saved whole, such as a new head.
-        inv_adapter, inv_adapter_reduction_factor: invertible adapters of MAD-X, which Inlay does not have.
+        inv_adapter: "nice" puts MAD-X's invertible adapter behind the embeddings, and its inverse in front of the head of a
+            language model.
+        inv_adapter_reduction_factor: half the width of the embeddings / width of the invertible adapter's bottlenecks; 2 where it
+            is left at None.
 
     Raises:
         ValueError: a value is unknown or out of range, or fields contradict each other.
     """
-
-    not_implemented: ClassVar[Mapping[str, Any]] = {"inv_adapter": None, "inv_adapter_reduction_factor": None}
 
     peft_type: PeftType | str | None = PeftType.BOTTLENECK
     placement: Literal["attention", "feedforward", "both"] | None = None
@@ -111,7 +113,7 @@ class BottleneckConfig(PeftConfig):
     low_rank: int | None = None
     hidden_size: int | None = None
     modules_to_save: list[str] | None = None
-    inv_adapter: str | None = None
+    inv_adapter: Literal["nice"] | None = None
     inv_adapter_reduction_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +121,8 @@ class BottleneckConfig(PeftConfig):
         for name in ("reduction_factor", "bottleneck_size"):
             if isinstance(value := getattr(self, name), dict):
                 setattr(self, name, {str(key): number for key, number in value.items()})
+        if self.inv_adapter is not None and self.inv_adapter_reduction_factor is None:
+            self.inv_adapter_reduction_factor = 2
         self._check_values()
         self._check_together()
 
@@ -127,8 +131,9 @@ class BottleneckConfig(PeftConfig):
         """Return a known configuration by its name, with changes: ``BottleneckConfig.preset("seq_bn", reduction_factor=8)``.
 
         Args:
-            name: double_seq_bn (or houlsby), seq_bn (pfeiffer), par_bn (parallel), scaled_par_bn, compacter, compacterpp
-                (compacter++), adapter_plus, low_rank or mindpet_adapter; see ``presets.py``.
+            name: double_seq_bn (or houlsby), seq_bn (pfeiffer), double_seq_bn_inv (houlsby+inv), seq_bn_inv (pfeiffer+inv),
+                par_bn (parallel), scaled_par_bn, compacter, compacterpp (compacter++), adapter_plus, low_rank or
+                mindpet_adapter; see ``presets.py``.
             **changes: fields of the configuration.
 
         Raises:
@@ -137,6 +142,10 @@ class BottleneckConfig(PeftConfig):
         return cls(**(preset_fields(name) | changes))
 
     def _check_values(self) -> None:
+        if str(self.inv_adapter) == "glow":
+            raise ValueError(
+                "inv_adapter='glow' is not implemented in Inlay; 'nice', the form of the MAD-X paper, is"
+            )
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if not any(value == k and type(value) is type(k) for k in known):
@@ -145,7 +154,7 @@ class BottleneckConfig(PeftConfig):
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0 and below 1")
-        for name in ("reduction_factor", "bottleneck_size"):
+        for name in ("reduction_factor", "bottleneck_size", "inv_adapter_reduction_factor"):
             _check_sizes(name, getattr(self, name))
         for name in ("phm_dim", "phm_rank", "low_rank", "hidden_size"):
             value = getattr(self, name)
@@ -163,6 +172,15 @@ class BottleneckConfig(PeftConfig):
         if self.placement is not None and self.target_modules:
             raise ValueError(
                 f"placement={self.placement!r} and target_modules both say where the adapters go; give one of them"
+            )
+        if self.inv_adapter is None and self.inv_adapter_reduction_factor is not None:
+            raise ValueError(
+                f"inv_adapter_reduction_factor={self.inv_adapter_reduction_factor!r} has no meaning without inv_adapter='nice'"
+            )
+        if self.inv_adapter is not None and self.target_modules:
+            raise ValueError(
+                f"inv_adapter={self.inv_adapter!r} sits behind the embeddings of a transformers model, which target_modules does "
+                "not know; use placement"
             )
         if self.target_modules and not self.original_ln_after:
             raise ValueError(

@@ -3,6 +3,9 @@
     name                        where                 what                                              starts as the identity
     seq_bn, pfeiffer            feed-forward          y + f(norm(y + r)); Pfeiffer et al. 2021                  no
     double_seq_bn, houlsby      both                  y + f(y); Houlsby et al. 2019                             no
+    seq_bn_inv, pfeiffer+inv    and embeddings        seq_bn and an invertible adapter; MAD-X, Pfeiffer et al. 2020     no
+    double_seq_bn_inv,          and embeddings        double_seq_bn and an invertible adapter                       no
+    houlsby+inv
     par_bn, parallel            feed-forward          y + 4 f(r); He et al. 2022                                yes
     scaled_par_bn               feed-forward          y + s f(r), s learned                                     yes
     compacter                   both                  y + f(y) of Kronecker products; Mahabadi et al. 2021      no
@@ -27,10 +30,13 @@ _PFEIFFER = {
 }  # fmt: skip
 _PARALLEL = {"placement": "feedforward", "parallel": True, "reduction_factor": 2, "scaling": 4.0}
 _KRONECKER = {"reduction_factor": 32, "non_linearity": "gelu", "phm_layer": True}
+_INVERTIBLE = {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "seq_bn": _PFEIFFER,
     "double_seq_bn": _HOULSBY,
+    "seq_bn_inv": _PFEIFFER | _INVERTIBLE,
+    "double_seq_bn_inv": _HOULSBY | _INVERTIBLE,
     "par_bn": _PARALLEL,
     "scaled_par_bn": _PARALLEL | {"scaling": "learned"},
     "compacter": _HOULSBY | _KRONECKER,
@@ -45,6 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 ALIASES = {
     "pfeiffer": "seq_bn",
     "houlsby": "double_seq_bn",
+    "pfeiffer+inv": "seq_bn_inv",
+    "houlsby+inv": "double_seq_bn_inv",
     "parallel": "par_bn",
     "scaled_parallel": "scaled_par_bn",
     "compacter++": "compacterpp",
