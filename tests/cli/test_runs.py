@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from inlay.cli.runs import last_whole_checkpoint
 
 Files = dict[str, Path]
 Run = Callable[..., str]
@@ -92,6 +95,20 @@ def test_killed_is_uninterrupted(words: list[Any], tmp_path: Path, inlay: Run) -
     inlay(*longer, "--output-dir", tmp_path / "cut", "--resume")
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [None, "", '{"global_step": 1'])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, left: str | None) -> None:
+    for step, state in ((9, "{}"), (10, left)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (folder / name).touch()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    assert last_whole_checkpoint(tmp_path) is None
 
 
 def test_resume_refuses_other_options(words: list[Any], tmp_path: Path, inlay: Run, complaint: Run) -> None:

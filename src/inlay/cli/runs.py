@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict
 from enum import Enum
@@ -16,7 +17,7 @@ from .files import check_new, is_main_process, new_file
 from .options import Train
 
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-"""Files of a whole checkpoint; the state is written last, so a killed save lacks it."""
+"""Files of a whole checkpoint; the state is written last, so a killed save lacks it, or has a part of it."""
 
 
 def as_run(options: Train) -> dict[str, Any]:
@@ -61,21 +62,13 @@ class Run:
 
     def begin(self) -> str | None:
         """Make the folder ready to train and return the checkpoint to go on from, if there is one to resume."""
-        checkpoint = self._last_checkpoint() if self.options.resume else None
+        checkpoint = last_whole_checkpoint(self.checkpoints) if self.options.resume else None
         if is_main_process():
             if not self.options.resume:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write_options(self.checkpoints / "config.yaml")
         return checkpoint
-
-    def _last_checkpoint(self) -> str | None:
-        found = [
-            path
-            for path in self.checkpoints.glob("checkpoint-*")
-            if all((path / name).is_file() for name in NEEDED)
-        ]
-        return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
     def write_options(self, target: Path) -> None:
         """Write the options as run, to be used with ``--config``."""
@@ -84,6 +77,22 @@ class Run:
                 yaml.safe_dump(_plain(as_run(self.options)), sort_keys=False, allow_unicode=True),
                 encoding="utf-8",
             )
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint in a folder whose save was not cut off, or None."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not all((checkpoint / name).is_file() for name in NEEDED):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
