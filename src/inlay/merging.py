@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -30,16 +31,11 @@ class MergeableModel(nn.Module):
     peft_config: dict[str, PeftConfig]
     _wrapped: list[nn.Module] | None
 
-    def layers(self) -> Iterator[AdaptedLayer]:
-        """Yield the adapted layers in the order of the model's modules."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def saved_modules(self) -> Iterator[ModulesToSaveWrapper]:
-        """Yield the wrappers of modules that are trained and saved whole."""
-        raise NotImplementedError
-
-    def _check_known(self, names: Sequence[str]) -> None:
-        raise NotImplementedError
+        def layers(self) -> Iterator[AdaptedLayer]: ...
+        def saved_modules(self) -> Iterator[ModulesToSaveWrapper]: ...
+        def _check_known(self, names: Sequence[str]) -> None: ...
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones by default) into the base weights; ``unmerge_adapter`` undoes it exactly.

@@ -181,20 +181,21 @@ class Vera(Method, name="VERA"):
         """Return A and B where and as a computation needs them."""
         found = self.copies.get((device, dtype))
         if found is None:
+            a, b = self._drawn(slot.config)
             with _for_training_too():
-                a, b = self._drawn(slot.config)
                 found = self.copies[device, dtype] = (a.to(device, dtype), b.to(device, dtype))
         return found
 
     def _drawn(self, config: Any) -> tuple[Tensor, Tensor]:
         """Return A and B in float32 on the CPU, uniform with a variance of 2 / fan-in, as PEFT draws them."""
         if self.pair is None:
-            generator = torch.Generator().manual_seed(config.projection_prng_key)
-            a, b = torch.empty(config.r, self.inputs), torch.empty(self.outputs, config.r)
-            for matrix in (a, b):
-                bound = math.sqrt(6 / matrix.shape[1])
-                matrix.uniform_(-bound, bound, generator=generator)
-            self.pair = a, b
+            with _for_training_too():
+                generator = torch.Generator().manual_seed(config.projection_prng_key)
+                a, b = torch.empty(config.r, self.inputs), torch.empty(self.outputs, config.r)
+                for matrix in (a, b):
+                    bound = math.sqrt(6 / matrix.shape[1])
+                    matrix.uniform_(-bound, bound, generator=generator)
+                self.pair = a, b
         return self.pair
 
     def shared_names(self, config: VeraConfig) -> tuple[str, ...]:
