@@ -11,9 +11,15 @@ ENCODER_RATES = {
     "full": (1e-4, 3e-4, 1e-3),
     "head": (1e-2, 3e-2, 1e-1),
     "adapter": (1e-3, 3e-3, 1e-2),
-    "prompt": (3e-3, 1e-2, 3e-2),
+    "wide": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
-SMALL_RATES = {"full": (1e-3, 3e-3, 1e-2), "head": (1e-2, 3e-2, 1e-1), "adapter": (3e-3, 1e-2, 3e-2)}
+SMALL_RATES = {
+    "full": (1e-3, 3e-3, 1e-2),
+    "head": (1e-2, 3e-2, 1e-1),
+    "adapter": (3e-3, 1e-2, 3e-2),
+    "wide": (1e-3, 3e-3, 1e-2, 3e-2),
+}
 
 _ALL: tuple[Task, ...] = (
     Sorting(

@@ -38,7 +38,7 @@ class Method:
     Args:
         title: its name in the report.
         prepare: returns the model whose parameters that require gradients are trained; it is told the first batches too.
-        rates: which of the task's learning rates are tried.
+        rates: which of the task's learning rates are tried; the fewer numbers a method has, the larger its steps may be.
         rate_of: the method whose chosen rate is used in place of trying any.
         pretrained: False for the control on random weights.
         dropout: probability in all dropout layers of the base model.
@@ -134,23 +134,23 @@ METHODS: dict[str, Method] = {
     "head": Method("frozen base, head only", head_only, rates="head"),
     "lora": Method("LoRA", adapter(LoraConfig, **LOW_RANK)),
     "dora": Method("DoRA", adapter(LoraConfig, use_dora=True, **LOW_RANK), rate_of="lora"),
-    "adalora": Method("AdaLoRA", adapter(AdaLoraConfig, **RANK_BUDGET)),
+    "adalora": Method("AdaLoRA", adapter(AdaLoraConfig, **RANK_BUDGET), rates="wide"),
     "shira": Method("SHiRA, random mask", adapter(ShiraConfig, r=_shira_rank, random_seed=0)),
     "shira-wm": Method(
         "SHiRA, largest weights", adapter(ShiraConfig, r=_shira_rank, mask_type="wm"), rate_of="shira"
     ),
-    "ia3": Method("(IA)3", adapter(IA3Config, feedforward_modules=())),
-    "bitfit": Method("BitFit", adapter(BitFitConfig, target_modules=None)),
+    "ia3": Method("(IA)3", adapter(IA3Config, feedforward_modules=()), rates="wide"),
+    "bitfit": Method("BitFit", adapter(BitFitConfig, target_modules=None), rates="wide"),
     "shira-snip": Method(
         "SHiRA, SNIP", adapter(ShiraConfig, r=_shira_rank, mask_type="snip"), rate_of="shira"
     ),
-    "houlsby": Method("bottleneck, Houlsby", bottleneck("houlsby")),
+    "houlsby": Method("bottleneck, Houlsby", bottleneck("houlsby"), rates="wide"),
     "pfeiffer": Method("bottleneck, Pfeiffer", bottleneck("pfeiffer"), rate_of="houlsby"),
-    "parallel": Method("bottleneck, parallel", bottleneck("parallel", reduction_factor=8)),
-    "compacter": Method("Compacter", bottleneck("compacter", reduction_factor=32)),
+    "parallel": Method("bottleneck, parallel", bottleneck("parallel", reduction_factor=8), rates="wide"),
+    "compacter": Method("Compacter", bottleneck("compacter", reduction_factor=32), rates="wide"),
     "prompt": Method("prompt tuning, 16 tokens", adapter(PromptTuningConfig, **PROMPT), rates="prompt"),
     "p-tuning": Method(
-        "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT)
+        "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT), rates="wide"
     ),
     "p-tuning-v2": Method("P-Tuning v2, 16 tokens", adapter(PrefixTuningConfig, **PROMPT), rates="prompt"),
     "lora-dropout": Method("LoRA, dropout 0.1", adapter(LoraConfig, **LOW_RANK), rate_of="lora", dropout=0.1),

@@ -163,7 +163,7 @@ def verdicts(task: Task, found: dict[str, Result]) -> Iterable[str]:
     """Yield one sentence for each low-rank method, the bound and the control."""
     full = found.get("full")
     for method, result in found.items():
-        if METHODS[method].rates == "adapter" and METHODS[method].pretrained:
+        if METHODS[method].rates in ("adapter", "wide") and METHODS[method].pretrained:
             if full:
                 yield against_full(task, result, full)
             if task.bound:

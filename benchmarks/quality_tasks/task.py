@@ -33,7 +33,7 @@ class Task(ABC):
         head: modules that the method "head" trains.
         new_head: whether the head is new, so that every method trains it and adapters save it.
         task_type: as in ``LoraConfig``.
-        rates: learning rates to try, by family of methods: "full", "head", "adapter".
+        rates: learning rates to try, by family of methods: "full", "head", "adapter", "wide", "prompt".
         bound: a split and the score on it that a run with PEFT reached; a goal of its own.
         control: whether the adapter is also trained on the same architecture with random weights.
         most: examples used of a split; all where it is not named.
