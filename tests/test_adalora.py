@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import inlay
 from inlay import AdaLoraConfig, AdapterFileError, LoraConfig, PeftModel, PeftWarning, get_peft_model
-from inlay.files import STATE_NAME
+from inlay.files.folder import STATE_NAME
 from inlay.kernels.orthogonality import orthogonality
 from inlay.training.optimizer_state import hindrance
 from law_cases import KINDS

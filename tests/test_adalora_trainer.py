@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import inlay
-from inlay.files import STATE_NAME
+from inlay.files.folder import STATE_NAME
 from inlay.training.adapter_step import AdapterStepCallback
 from test_trainer import losses, same, trainer, values
 from tiny_models import VOCABULARY, tiny

@@ -11,7 +11,7 @@ import transformers as tf
 
 from composition_models import bert_or_gpt2, chain, chain_input, run
 from inlay import AdapterDropCallback, Average, LoraConfig, get_peft_model
-from inlay.targets import block_index
+from inlay.injection.targets import block_index
 from tiny_models import output_of, tiny, tiny_inputs
 
 

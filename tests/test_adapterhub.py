@@ -17,8 +17,8 @@ from inlay.adapterhub import bottleneck, low_rank, write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
 from inlay.adapterhub.prefix import NETWORK
 from inlay.cli.main import main
-from inlay.disk_keys import disk_keys
-from inlay.walk import places
+from inlay.files.disk_keys import disk_keys
+from inlay.injection.walk import places
 
 BERT = [
     "seq_bn", "double_seq_bn", "par_bn", "channel_par_bn", "bn_leave_out_0", "bn_ln_after", "bn_ln_before", "bn_no_ln_after",

@@ -27,11 +27,11 @@ from inlay import (
     get_peft_model_state_dict,
     register_family,
 )
+from inlay.layers.output import AdaptedOutput
+from inlay.layers.taps import taps_on
 from inlay.methods.bottleneck import families
 from inlay.methods.bottleneck.block import Kronecker
 from inlay.methods.bottleneck.presets import PRESETS
-from inlay.output_layer import AdaptedOutput
-from inlay.taps import taps_on
 from tiny_models import output_of
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bottleneck_models import MAIN, OTHERS, SEQ2SEQ, inputs_for, model_named, shake
 from inlay import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
+from inlay.layers.output import AdaptedOutput
+from inlay.layers.taps import taps_on
 from inlay.method import Slot
 from inlay.methods.bottleneck import Bottleneck
-from inlay.output_layer import AdaptedOutput
-from inlay.taps import taps_on
 from tiny_models import output_of
 
 PRESETS: list[dict[str, Any]] = [

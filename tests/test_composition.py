@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import inlay.layer
+import inlay.layers.layer
 from composition_models import (
     ALL,
     CLOSE,
@@ -247,7 +247,7 @@ def test_one_active_adapter_runs_no_composition_code(monkeypatch: pytest.MonkeyP
     def refuse(*args: object) -> None:
         raise AssertionError("composition code ran")
 
-    monkeypatch.setattr(inlay.layer, "run_composed", refuse)
+    monkeypatch.setattr(inlay.layers.layer, "run_composed", refuse)
     model(x).sum().backward()
     model.set_adapter(["lora", "wide"])
     model(x)

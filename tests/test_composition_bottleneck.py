@@ -193,12 +193,12 @@ def test_what_passes_the_norm_by_stands_alone() -> None:
 
 
 def test_one_bottleneck_runs_no_composition_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    import inlay.output_layer
+    import inlay.layers.output
 
     def refuse(*args: object) -> None:
         raise AssertionError("composition code ran")
 
-    monkeypatch.setattr(inlay.output_layer, "after_composed", refuse)
+    monkeypatch.setattr(inlay.layers.output, "after_composed", refuse)
     model, x = chain(), chain_input()
     run(model, ["a", "b", "lora"], x)
     with pytest.raises(AssertionError, match="composition code ran"):

@@ -22,7 +22,7 @@ from inlay import (
     Stack,
     get_peft_model,
 )
-from inlay.parallel_inputs import repeated
+from inlay.composition.inputs import repeated
 from small_net import Net
 from tiny_models import tiny, tiny_inputs
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import inlay
-from inlay.files import write_atomically
+from inlay.files.folder import write_atomically, write_tensors
 
 Files = dict[str, bytes]
 SAVED = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -197,7 +197,7 @@ def test_an_unknown_adapter_writes_nothing(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     tensors = {"whole": whole, "same": whole, "row": whole[1], "transposed": whole.T}
-    inlay.files.write_tensors(tmp_path, tensors)
+    write_tensors(tmp_path, tensors)
     read = inlay.load_peft_weights(tmp_path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[key], tensors[key]) for key in tensors)

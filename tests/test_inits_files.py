@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inlay import LoftQConfig, LoraConfig, PeftModel, get_peft_model
-from inlay.checkpoint import load_peft_weights
+from inlay.files.checkpoint import load_peft_weights
 from tiny_models import output_of, tiny, tiny_inputs
 
 peft = pytest.importorskip("peft")

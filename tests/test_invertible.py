@@ -27,8 +27,8 @@ from inlay import (
 )
 from inlay.adapterhub import write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
-from inlay.output_layer import AdaptedOutput
-from inlay.taps import taps_on
+from inlay.layers.output import AdaptedOutput
+from inlay.layers.taps import taps_on
 from tiny_models import VOCABULARY, output_of
 
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 20, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import inlay
-from inlay.files import STATE_NAME
+from inlay.files.folder import STATE_NAME
 from inlay.input_method import InputMethod
 from inlay.method import METHODS as REGISTERED
 from prompt_models import (

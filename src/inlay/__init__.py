@@ -15,16 +15,16 @@ _WHERE = {
     "auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification",
     "composition": "Average BatchSplit Fuse Parallel Split Stack",
-    "checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+    "files.checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
     "config": "PeftConfig PeftType TaskType",
     "errors": "AdapterFileError NoMatchingPeftModuleError PeftError PeftWarning",
-    "extras": "ModulesToSaveWrapper TrainableTokensWrapper",
+    "layers.extras": "ModulesToSaveWrapper TrainableTokensWrapper",
     "inits": "EvaConfig LoftQConfig",
     "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "inits.loftq_replace": "replace_lora_weights_loftq",
     "input_method": "InputMethod",
     "kbit": "prepare_model_for_kbit_training",
-    "layer": "AdaptedLayer",
+    "layers.layer": "AdaptedLayer",
     "method": "METHODS Method Slot",
     "methods.adalora.config": "AdaLoraConfig",
     "methods.bitfit": "BitFitConfig",
@@ -103,9 +103,6 @@ if TYPE_CHECKING:
     from .auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from .auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from .auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-    from .checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
-    from .checkpoint import load_peft_weights as load_peft_weights
-    from .checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
     from .composition import Average as Average
     from .composition import BatchSplit as BatchSplit
     from .composition import Fuse as Fuse
@@ -119,8 +116,9 @@ if TYPE_CHECKING:
     from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
     from .errors import PeftError as PeftError
     from .errors import PeftWarning as PeftWarning
-    from .extras import ModulesToSaveWrapper as ModulesToSaveWrapper
-    from .extras import TrainableTokensWrapper as TrainableTokensWrapper
+    from .files.checkpoint import get_peft_model_state_dict as get_peft_model_state_dict
+    from .files.checkpoint import load_peft_weights as load_peft_weights
+    from .files.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
     from .inits import EvaConfig as EvaConfig
     from .inits import LoftQConfig as LoftQConfig
     from .inits.eva import get_eva_state_dict as get_eva_state_dict
@@ -128,7 +126,9 @@ if TYPE_CHECKING:
     from .inits.loftq_replace import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .input_method import InputMethod as InputMethod
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .layer import AdaptedLayer as AdaptedLayer
+    from .layers.extras import ModulesToSaveWrapper as ModulesToSaveWrapper
+    from .layers.extras import TrainableTokensWrapper as TrainableTokensWrapper
+    from .layers.layer import AdaptedLayer as AdaptedLayer
     from .method import METHODS as METHODS
     from .method import Method as Method
     from .method import Slot as Slot

@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .choice import choose, fusions_of, unknown_adapter
 from .composition import Child, Fuse
+from .composition.choice import choose, fusions_of, unknown_adapter
+from .composition.inputs import copies_for, repeated
 from .config import PeftConfig
 from .errors import PeftWarning
-from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
-from .injection import inject, remove, resolve, save_whole
+from .injection.inject import inject, remove, resolve, save_whole
+from .injection.replication import replicate_layers
+from .injection.walk import wrappers
 from .input_method import InputMethod
 from .kinds import Conv1D
-from .layer import AdaptedLayer
+from .layers.extras import ModulesToSaveWrapper, TrainableTokensWrapper
+from .layers.layer import AdaptedLayer
 from .merging import MergeableModel
 from .method import Method, Slot, method_by_name
-from .parallel_inputs import copies_for, repeated
 from .prompts.prompts import Prompts
-from .replication import replicate_layers
 from .switch import Switch
-from .walk import wrappers
 
 
 class AdaptedModel(MergeableModel):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .config import HUB_ARGUMENTS, PeftConfig, TaskType
-from .files import locate
+from .files.folder import locate
 from .peft_model import PeftModel
 from .tasks import (
     PeftModelForCausalLM,

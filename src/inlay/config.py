@@ -128,7 +128,7 @@ class PeftConfig:
         Raises:
             ValueError: the path is a file.
         """
-        from .files import check_folder, write_atomically
+        from .files.folder import check_folder, write_atomically
 
         folder = check_folder(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ class PeftConfig:
         Raises:
             ValueError: there is no such file, it is not JSON, or it names an unknown method.
         """
-        from .files import locate
+        from .files.folder import locate
 
         hub = {k: kwargs.pop(k) for k in list(kwargs) if k in HUB_ARGUMENTS}
         values = cls.from_json_file(

@@ -10,15 +10,15 @@ from tqdm.auto import tqdm
 
 from .composition import Block, beyond_weights
 from .config import PeftConfig
-from .extras import ModulesToSaveWrapper, TrainableTokensWrapper
-from .layer import AdaptedLayer
+from .injection.tied import note_untied
+from .injection.walk import places
+from .layers.extras import ModulesToSaveWrapper, TrainableTokensWrapper
+from .layers.layer import AdaptedLayer
+from .layers.output import AdaptedOutput, not_linear
+from .layers.torch_fast_paths import restore_fast_paths
 from .method import Method
-from .output_layer import AdaptedOutput, not_linear
 from .prompts.prompts import Prompts
 from .switch import Switch
-from .tied import note_untied
-from .torch_fast_paths import restore_fast_paths
-from .walk import places
 
 
 class MergeableModel(nn.Module):

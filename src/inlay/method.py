@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from .targets import default_targets
+from .injection.targets import default_targets
 
 if TYPE_CHECKING:
     from .config import PeftConfig
+    from .injection.walk import Place, Site
     from .input_method import InputMethod
     from .kinds import LayerKind
-    from .layer import AdaptedLayer
-    from .walk import Place, Site
+    from .layers.layer import AdaptedLayer
 
 METHODS: dict[str, type[Method] | type[InputMethod]] = {}
 """Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""

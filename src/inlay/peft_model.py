@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .adapted_model import AdaptedModel
-from .choice import is_fusion
 from .composition import Child, divides_rows
+from .composition.choice import is_fusion
 from .config import PeftConfig, TaskType
 from .prompts.generation import at_every_step, prepare_generation
 from .prompts.inputs import active_prompt, prepare

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from .files import write_atomically
-from .layer import AdaptedLayer
+from .files.folder import write_atomically
+from .layers.layer import AdaptedLayer
 from .method import Slot
 
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from . import hub
-from .checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights
-from .choice import is_fusion
+from .composition.choice import is_fusion
 from .config import PeftConfig
-from .disk_keys import prompt_network
-from .files import adapter_folder, check_folder, write_state, write_tensors
-from .fusion_files import members_loaded, model_with_fusion, with_members
+from .files import hub
+from .files.checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights
+from .files.disk_keys import prompt_network
+from .files.folder import adapter_folder, check_folder, write_state, write_tensors
+from .files.fusions import members_loaded, model_with_fusion, with_members
+from .files.saved_adapter import SavedAdapter
+from .injection.targets import base_name
+from .injection.walk import adapted_layers
 from .method import Method
-from .saved_adapter import SavedAdapter
-from .targets import base_name
 from .training.optimizer_state import Change, follow
-from .walk import adapted_layers
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -273,7 +273,7 @@ class SavedModel(nn.Module):
         hub.write_model_card(Path(output_dir), self._config_to_save(cast("PeftModel", self).active_adapter))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save to a temporary folder and upload it; see ``inlay.hub.push``. Returns the commit's address."""
+        """Save to a temporary folder and upload it; see ``inlay.files.hub.push``. Returns the commit's address."""
         return hub.push(cast("PeftModel", self), repo_id, **kwargs)
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from .adapted_model import AdaptedModel
-from .extras import ModulesToSaveWrapper
-from .layer import AdaptedLayer
+from .injection.walk import wrappers
+from .layers.extras import ModulesToSaveWrapper
+from .layers.layer import AdaptedLayer
 from .switch import Setting
-from .walk import wrappers
 
 Irregular = Literal["irregular"]
 

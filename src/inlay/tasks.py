@@ -10,8 +10,8 @@ from torch import nn
 
 from .adapted_model import AdaptedModel
 from .config import PeftConfig, TaskType
+from .injection.targets import base_name
 from .peft_model import PeftModel
-from .targets import base_name
 
 
 def get_peft_model(

@@ -195,7 +195,7 @@ def test_the_same_modules_are_adapted(model: str, selection: str) -> None:
 
 
 def test_default_targets_are_those_of_peft() -> None:
-    from inlay.targets import DEFAULT_TARGETS
+    from inlay.injection.targets import DEFAULT_TARGETS
 
     theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     for model, targets in theirs.items():

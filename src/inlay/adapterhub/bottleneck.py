@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
+from ..injection.walk import Place
 from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.bottleneck.invertible import embedding_sites
 from ..methods.bottleneck.sublayers import find_sublayers
-from ..walk import Place
 from .folder import Entry
 from .paths import exit_of, holder_of
 

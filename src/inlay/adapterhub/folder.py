@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import CONFIG_NAME
 from ..errors import AdapterFileError
-from ..files import locate, read_file
+from ..files.folder import locate, read_file
 
 SAFETENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 HOLDERS = (

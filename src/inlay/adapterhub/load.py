@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError
-from ..walk import Place, places
+from ..injection.walk import Place, places
 from . import bottleneck, low_rank, prefix
 from .folder import Entry, Folder
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError
+from ..injection.walk import Place
 from ..kinds import kind_of
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
-from ..walk import Place
 from .folder import Entry
 from .paths import own_path
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import AdapterFileError
+from ..injection.walk import Place
 from ..methods.bottleneck.sublayers import Found
-from ..walk import Place
 
 PARTS = {
     ".attention.output": "attention",

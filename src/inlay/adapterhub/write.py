@@ -11,12 +11,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..config import CONFIG_NAME, PeftConfig
-from ..files import check_folder, write_atomically
+from ..files.folder import check_folder, write_atomically
+from ..injection.targets import base_name, model_config
+from ..injection.walk import places
 from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
-from ..targets import base_name, model_config
-from ..walk import places
 from . import bottleneck, low_rank
 from .folder import SAFETENSORS
 

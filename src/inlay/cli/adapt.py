@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import inlay
+from inlay.injection.targets import HEADS
 from inlay.method import Method, method_by_name
-from inlay.targets import HEADS
 
 from . import catalogue
 from .errors import UserError, told_as

@@ -12,7 +12,7 @@ from torch import nn
 from inlay import PeftConfig, load_peft_weights
 from inlay.adapterhub import parts_of, write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
-from inlay.files import write_state, write_tensors
+from inlay.files.folder import write_state, write_tensors
 
 from .errors import UserError, told_as
 from .files import check_new, new_folder

@@ -107,8 +107,8 @@ def _model(name: str) -> tuple[dict[str, Any], list[Part]]:
     import torch
     import transformers
 
+    from inlay.injection.targets import default_targets
     from inlay.kinds import kind_of
-    from inlay.targets import default_targets
 
     from .adapt import fallback_targets
     from .models import load_config, model_place

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import inlay
-from inlay.targets import HEADS
+from inlay.injection.targets import HEADS
 
 from .errors import UserError, told_as
 from .files import TASK_FILE, read_json, safetensors_header

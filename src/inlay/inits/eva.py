@@ -32,7 +32,7 @@ from .eva_ranks import set_ranks
 from .eva_run import EvaRun
 
 if TYPE_CHECKING:
-    from ..layer import AdaptedLayer
+    from ..layers.layer import AdaptedLayer
     from ..method import Slot
     from ..methods.lora import LoraConfig
     from ..peft_model import PeftModel
@@ -184,7 +184,7 @@ def _check_eva(model: Any, name: str) -> None:
 
 def _with_adapter(model: PeftModel, name: str) -> dict[str, AdaptedLayer]:
     """Return the layers that hold an adapter's factors, by their paths in the base model."""
-    from ..walk import adapted_layers
+    from ..injection.walk import adapted_layers
 
     found = [(path, layer) for path, layer in adapted_layers(model.get_base_model()) if name in layer.slots]
     return {path.replace(".base_layer", ""): w for path, w in found if w.slots[name].owner is None}
@@ -204,10 +204,10 @@ def _adapted(model: PeftModel, name: str) -> tuple[dict[str, AdaptedLayer], dict
 
 def _targeted(model: nn.Module, config: Any) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """Return the linear layers of a bare model that a configuration names, and their ranks."""
-    from ..injection import resolve
+    from ..injection.inject import resolve
+    from ..injection.targets import find_targets
     from ..kinds import Linear, kind_of
     from ..methods.lora import by_pattern
-    from ..targets import find_targets
 
     named = dict(model.named_modules())
     paths = find_targets(named, resolve(model, config))

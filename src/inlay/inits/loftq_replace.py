@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import locate
-from ..walk import adapted_layers
+from ..files.folder import locate
+from ..injection.walk import adapted_layers
 from .decompose import check_decomposable, leading_part, set_factors
 
 if TYPE_CHECKING:

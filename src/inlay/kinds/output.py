@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..taps import Head, SubLayer, first_argument
+from ..layers.taps import Head, SubLayer, first_argument
 from .base import LayerKind, kind_of, layer_kind
 
 

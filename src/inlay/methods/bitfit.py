@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
+from ..injection.targets import matches
+from ..injection.walk import places_to_adapt
 from ..kinds import LayerKind, Norm, kind_of
 from ..method import Column, Method, Slot
-from ..targets import matches
-from ..walk import places_to_adapt
 
 _QUERY = ("query", "q_proj", "query_proj", "q_lin")  # b_q in the paper
 _WIDENING = ("intermediate.dense", "fc1", "lin1", "c_fc", "dense_h_to_4h", "up_proj", "linear1")  # b_m2

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from ..composition import check_members
 from ..config import PeftConfig, PeftType
-from ..extras import TrainableTokensWrapper
+from ..injection.walk import Place, Site
 from ..kinds import Embedding, LayerKind, Linear, Norm, Output
 from ..kinds.base import uninitialised
 from ..kinds.output import Embedded
-from ..layer import AdaptedLayer
+from ..layers.extras import TrainableTokensWrapper
+from ..layers.layer import AdaptedLayer
 from ..method import Column, Method, Slot
-from ..walk import Place, Site
 
 
 @dataclass(kw_only=True)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType, name_set
+from ..injection.targets import matches, model_config
 from ..kinds import Conv, Embedding, LayerKind, Norm
 from ..method import Column, Method, Slot
-from ..targets import matches, model_config
 
 _KEYS_VALUES_AND_FEED_FORWARD: dict[str, str] = {
     "k v / wo": "t5",

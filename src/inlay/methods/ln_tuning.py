@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
+from ..injection.walk import places_to_adapt
 from ..kinds import LayerKind, Norm, kind_of
 from ..method import Column, Method, Slot
-from ..walk import places_to_adapt
 
 
 @dataclass(kw_only=True)

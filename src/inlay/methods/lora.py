@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
 from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is_init, start
+from ..injection.targets import pattern_matches
 from ..kernels.autocast import autocast_is_on
 from ..kernels.lora_linear import lora_linear
 from ..kinds import LayerKind, Linear
 from ..method import Column, Method, Slot
-from ..targets import pattern_matches
 
 
 @dataclass

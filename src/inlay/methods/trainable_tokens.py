@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
+from ..injection.targets import embedding_ends
 from ..kinds import Embedding, LayerKind, Linear
 from ..method import Column, Method, Slot
-from ..targets import embedding_ends
 
 
 @dataclass(kw_only=True)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterFileError
+from ..injection.targets import DEFAULT_TARGETS, model_config
 from ..kernels.lora_linear import lora_linear
 from ..kinds import Experts, LayerKind, Norm
 from ..method import Column, Method, Slot
-from ..targets import DEFAULT_TARGETS, model_config
 from .lora import dropout_now, fused_inputs
 
 PAIR = ("vera_A", "vera_B")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import PeftConfig, TaskType
-from ..targets import embedding_ends
+from ..injection.targets import embedding_ends
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..adapted_model import AdaptedModel
 from ..errors import PeftWarning
-from ..layer import AdaptedLayer
+from ..layers.layer import AdaptedLayer
 
 
 def adapted_model(model: nn.Module | None) -> AdaptedModel | None:

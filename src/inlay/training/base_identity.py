@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..extras import ModulesToSaveWrapper
+from ..layers.extras import ModulesToSaveWrapper
 
 SAMPLED = 64
 """How many values of each tensor tell a base apart; they are spread evenly, first and last among them."""

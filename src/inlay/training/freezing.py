@@ -20,8 +20,8 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import PeftError
+from ..injection.walk import adapted_layers
 from ..method import METHODS, load_built_in
-from ..walk import adapted_layers
 from .parameter_names import NamedParameter, matching, named_parameters
 
 MINDPET_MODES = ("lora", "prefixtuning", "adapter", "low_rank_adapter", "bitfit", "ptuning2")

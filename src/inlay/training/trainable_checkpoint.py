@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from ..files.folder import write_atomically
 from .base_identity import bare, base_identity, digest, lasting_tensors
 from .checkpoint_files import METADATA, OPTIMIZER, Saved, load, remove_superfluous, saved_in
 

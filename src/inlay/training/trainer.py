@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftWarning
-from ..files import adapter_folder
+from ..files.folder import adapter_folder
 from .optimizer_state import note_optimizer
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from ..adapted_model import AdaptedModel as AdaLoraModel
 from ..adapted_model import AdaptedModel as LoraModel
 from ..adapted_model import AdaptedModel as ShiraModel
-from ..layer import AdaptedLayer as LoraLayer
+from ..layers.layer import AdaptedLayer as LoraLayer
 from ..methods.adalora.config import AdaLoraConfig
 from ..methods.lora import LoraConfig
 from ..methods.shira import ShiraConfig

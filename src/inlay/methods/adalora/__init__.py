@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...injection.targets import model_config
 from ...kernels.lora_linear import lora_linear
 from ...kernels.orthogonality import orthogonality
 from ...kinds import Experts, LayerKind, Norm
 from ...method import Column, Method, Slot
-from ...targets import model_config
 from ...training.optimizer_state import watch_optimizers
 from ..lora import dropout_now, fused_inputs
 from .budget import Batch, RankBudget, affordable, batches

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...injection.targets import find_targets, matches
+from ...injection.walk import Place, Site
 from ...kinds import LayerKind, Output
 from ...kinds.output import Embedded
+from ...layers.output import AdaptedOutput
 from ...method import Column, Method, Slot
-from ...output_layer import AdaptedOutput
-from ...targets import find_targets, matches
-from ...walk import Place, Site
 from .activations import activation
 from .block import Kronecker, draw_rule, initialise, layer_norm, linear, new_projection
 from .config import PLACEMENTS, BottleneckConfig

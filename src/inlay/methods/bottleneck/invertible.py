@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...extras import ModulesToSaveWrapper, find_saved
+from ...injection.targets import embedding_ends
+from ...injection.walk import Place, Site, unwrapped
 from ...kinds import Norm, kind_of
 from ...kinds.output import Embedded, own_widths
+from ...layers.extras import ModulesToSaveWrapper, find_saved
+from ...layers.taps import Head, Hung, first_argument
 from ...method import Column, Slot
-from ...taps import Head, Hung, first_argument
-from ...targets import embedding_ends
-from ...walk import Place, Site, unwrapped
 from .activations import activation
 from .block import initialise, linear
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...errors import PeftWarning
+from ...injection.walk import Place, unwrapped
 from ...kinds import Norm, kind_of
 from ...kinds.output import own_widths
-from ...taps import Hung, SubLayer, first_argument
-from ...walk import Place, unwrapped
+from ...layers.taps import Hung, SubLayer, first_argument
 from .families import FAMILIES, Family, Points
 
 

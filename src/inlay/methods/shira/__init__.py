@@ -3,7 +3,7 @@
     W' = W + scale * S        W[out, in];  S is values[k] at indices[2, k] and zero elsewhere;  k = r (out + in), scale = 1
 
 The values start at zero, so the adapted layer starts as the layer itself. k is what LoRA of rank r trains, but S is of high rank.
-The values live in the weight (``inlay.in_weight``): forward is the frozen layer's, backward makes only k entries of dW, and
+The values live in the weight (``layers/in_weight.py``): forward is the frozen layer's, backward makes only k entries of dW, and
 switching adapters writes k numbers. Masks are in ``masks.py``.
 Authors' code: https://github.com/Qualcomm-AI-research/SHiRA
 """

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...injection import plan, resolve
+from ...injection.inject import plan, resolve
 from ...kinds import LayerKind, kind_of
 from ...peft_model import PeftModel
 from . import ShiraConfig

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...injection.walk import adapted_layers
 from ...peft_model import PeftModel
-from ...walk import adapted_layers
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .choice import is_fusion
-from .config import CONFIG_NAME, HUB_ARGUMENTS
-from .files import locate
+from ..composition.choice import is_fusion
+from ..config import CONFIG_NAME, HUB_ARGUMENTS
+from .folder import locate
 from .saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
-    from .peft_model import PeftModel
+    from ..peft_model import PeftModel
 
 
 def with_members(names: list[str], model: PeftModel) -> list[str]:

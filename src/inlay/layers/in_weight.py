@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.sparse_values import linear_with_values, weight_with_values
-from .kinds import Linear
-from .method import Slot
+from ..kernels.sparse_values import linear_with_values, weight_with_values
+from ..kinds import Linear
+from ..method import Slot
 from .weight_entries import Stamp, places_of, positions_of, put, stamp_of, sums, take
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
-from .kinds import LayerKind
-from .layer import AdaptedLayer
-from .output_layer import AdaptedOutput
-from .taps import carry_taps
+from ..kinds import LayerKind
+from ..layers.extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
+from ..layers.layer import AdaptedLayer
+from ..layers.output import AdaptedOutput
+from ..layers.taps import carry_taps
 
 
 @dataclass

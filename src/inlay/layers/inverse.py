@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .composed_parts import Node, axis_and_sizes, pairs_of, pruned, rows_by_adapter
-from .composition import Average, Block, Child, Fuse, Stack, blocks_in
+from ..composition import Average, Block, Child, Fuse, Stack, blocks_in
+from ..composition.parts import Node, axis_and_sizes, pairs_of, pruned, rows_by_adapter
 from .taps import Tap, first_input
 
 if TYPE_CHECKING:
-    from .output_layer import AdaptedOutput
+    from .output import AdaptedOutput
 
 
 class InverseTap(Tap):

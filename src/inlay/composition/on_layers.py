@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .composed_parts import Node, axis_and_sizes, dividing, flat, pairs_of, pruned, slots_of, stack_of
-from .composed_weights import composed_tensors
-from .composition import (
+from ..method import Slot
+from . import (
     Average,
     BatchSplit,
     Block,
@@ -36,11 +35,12 @@ from .composition import (
     beyond_weights,
     names_in,
 )
-from .method import Slot
+from .parts import Node, axis_and_sizes, dividing, flat, pairs_of, pruned, slots_of, stack_of
+from .weights import composed_tensors
 
 if TYPE_CHECKING:
-    from .layer import AdaptedLayer
-    from .taps import Tap
+    from ..layers.layer import AdaptedLayer
+    from ..layers.taps import Tap
 
 
 def run_composed(layer: AdaptedLayer, tree: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapterhub.folder import is_adapterhub, read_folder
+from ..adapterhub.folder import is_adapterhub, read_folder
+from ..config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
+from ..errors import AdapterFileError, PeftWarning
 from .checkpoint import IncompatibleKeys, load_peft_weights, set_peft_model_state_dict
-from .config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
 from .disk_keys import PROMPT, WHOLE_EMBEDDING, disk_keys, first_slot, prompt_network, shared_keys, twin_paths
-from .errors import AdapterFileError, PeftWarning
-from .files import locate, read_state
+from .folder import locate, read_state
 
 
 @dataclass
@@ -79,7 +79,7 @@ class SavedAdapter:
         device: str | torch.device | None,
         hub: dict[str, Any],
     ) -> SavedAdapter:
-        from .adapterhub.load import parts_of
+        from ..adapterhub.load import parts_of
 
         parts = {
             kind: cls(

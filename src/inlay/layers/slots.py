@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from .composition import Block
-from .config import PeftConfig
-from .kinds import LayerKind
-from .method import Method, Slot
-from .switch import Setting, Switch
-from .targets import block_index
+from ..composition import Block
+from ..config import PeftConfig
+from ..injection.targets import block_index
+from ..kinds import LayerKind
+from ..method import Method, Slot
+from ..switch import Setting, Switch
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import PeftConfig, TaskType
-from .files import is_hub_id, write_atomically
+from ..config import PeftConfig, TaskType
+from .folder import is_hub_id, write_atomically
 
 if TYPE_CHECKING:
-    from .peft_model import PeftModel
+    from ..peft_model import PeftModel
 
 _PIPELINE_TAGS = {
     TaskType.CAUSAL_LM: "text-generation",

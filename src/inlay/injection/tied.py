@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from .errors import PeftWarning
-from .extras import ModulesToSaveWrapper
+from ..errors import PeftWarning
+from ..layers.extras import ModulesToSaveWrapper
 from .targets import embedding_ends
 from .walk import Place
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .composition import Average, BatchSplit, Block, Child, Fuse, Split, Stack, names_in
+from . import Average, BatchSplit, Block, Child, Fuse, Split, Stack, names_in
 
 
 def chosen_copy(node: Child, copies: Mapping[str, nn.Module], original: nn.Module) -> nn.Module | Block:

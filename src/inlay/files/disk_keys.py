@@ -16,15 +16,23 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from .adapted_model import AdaptedModel
-from .config import PeftConfig
-from .extras import ModulesToSaveWrapper
-from .layer import AdaptedLayer
-from .method import Slot
-from .output_layer import AdaptedOutput
-from .prompts.encoder import PromptModule
-from .targets import embedding_ends, model_config
-from .walk import Place, adapted_layers, adapted_outputs, path_in_files, places, unwrapped, wrappers
+from ..adapted_model import AdaptedModel
+from ..config import PeftConfig
+from ..injection.targets import embedding_ends, model_config
+from ..injection.walk import (
+    Place,
+    adapted_layers,
+    adapted_outputs,
+    path_in_files,
+    places,
+    unwrapped,
+    wrappers,
+)
+from ..layers.extras import ModulesToSaveWrapper
+from ..layers.layer import AdaptedLayer
+from ..layers.output import AdaptedOutput
+from ..method import Slot
+from ..prompts.encoder import PromptModule
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names under which a targeted embedding is saved whole, as PEFT does."""

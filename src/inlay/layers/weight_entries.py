@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import Slot
+from ..method import Slot
 
 Stamp = tuple[Any, ...]
 """Tells one content of a weight from another: which slots, at which scale, with which tensors in which version."""

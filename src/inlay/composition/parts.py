@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .composition import BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in
-from .method import Slot
-from .switch import BASE
+from ..method import Slot
+from ..switch import BASE
+from . import BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in
 
 if TYPE_CHECKING:
-    from .layer import AdaptedLayer
+    from ..layers.layer import AdaptedLayer
 
 Node = Child | None
 """A part of a composition as one layer sees it: None is the base layer alone."""

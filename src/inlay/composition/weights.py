@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .composed_parts import Node, pairs_of, pruned, slots_of
-from .composition import Average, Block, beyond_weights
+from . import Average, Block, beyond_weights
+from .parts import Node, pairs_of, pruned, slots_of
 
 if TYPE_CHECKING:
-    from .layer import AdaptedLayer
+    from ..layers.layer import AdaptedLayer
 
 
 def composed_tensors(layer: AdaptedLayer, tree: Block) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .composition import Block, Child, Fuse, Parallel, Stack, blocks_in, names_in
+from . import Block, Child, Fuse, Parallel, Stack, blocks_in, names_in
 
 
 @dataclass(frozen=True)

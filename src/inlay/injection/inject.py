@@ -9,21 +9,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .config import PeftConfig
-from .errors import NoMatchingPeftModuleError
-from .extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
-from .in_weight import mark_shared
-from .inverse import InverseTap
-from .kinds import LayerKind, Linear, Output, kind_of, supported_layers
-from .layer import AdaptedLayer
-from .method import Method, Slot, method_by_name
-from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from .output_layer import AdaptedOutput
-from .switch import Switch
-from .taps import taps_on
+from ..config import PeftConfig
+from ..errors import NoMatchingPeftModuleError
+from ..kinds import LayerKind, Linear, Output, kind_of, supported_layers
+from ..layers.extras import ModulesToSaveWrapper, TrainableTokensWrapper, find_saved
+from ..layers.in_weight import mark_shared
+from ..layers.inverse import InverseTap
+from ..layers.layer import AdaptedLayer
+from ..layers.output import AdaptedOutput
+from ..layers.taps import taps_on
+from ..layers.torch_fast_paths import keep_modules_called, restore_fast_paths
+from ..method import Method, Slot, method_by_name
+from ..methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from ..switch import Switch
 from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
-from .torch_fast_paths import keep_modules_called, restore_fast_paths
 from .walk import Place, Site, adapted_layers, places, places_to_adapt, unwrapped, wrappers
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .composed_modules import chosen_copy, run_copies
-from .composition import Block
+from ..composition import Block
+from ..composition.modules import chosen_copy, run_copies
+from ..switch import BASE, Switch
 from .layer import AdaptedLayer
-from .switch import BASE, Switch
 
 
 class ModulesToSaveWrapper(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .composition import Child, Parallel, blocks_in
+from . import Child, Parallel, blocks_in
 
 WITHOUT_ROWS = ("logits_to_keep", "cache_position")
 """Arguments whose tensors have no axis for the batch."""

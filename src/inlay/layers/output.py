@@ -10,7 +10,7 @@ It is an ``AdaptedLayer`` whose adapters have no weight to change, so where othe
     weight, bias         those of the module inside, unchanged
 
 It is always the outermost wrapper of its module: an adapter of the module's weight that comes later goes inside, and the
-keys in files (``checkpoint.py``) do not tell whether such a wrapper is there.
+keys in files (``files/checkpoint.py``) do not tell whether such a wrapper is there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .composed import after_composed
-from .composed_parts import Node, rows_by_adapter
-from .config import PeftConfig
+from ..composition.on_layers import after_composed
+from ..composition.parts import Node, rows_by_adapter
+from ..config import PeftConfig
+from ..kinds import Output
+from ..kinds.output import Embedded
+from ..method import Method, Slot
+from ..switch import Switch
 from .inverse import InverseTap, invertible_part
-from .kinds import Output
-from .kinds.output import Embedded
 from .layer import AdaptedLayer
-from .method import Method, Slot
-from .switch import Switch
 from .taps import Hung, NormTap, ResidualTap, drop_tap, first_input, set_tap
 
 

@@ -10,7 +10,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import CONFIG_NAME
+from ..config import CONFIG_NAME
+from ..errors import AdapterFileError
+from ..injection.walk import unwrapped, wrappers
+from ..layers.extras import ModulesToSaveWrapper
+from ..layers.layer import AdaptedLayer
+from ..layers.slots import BufferDict
 from .disk_keys import (
     PROMPT,
     bare_model,
@@ -22,12 +27,7 @@ from .disk_keys import (
     shared_tensors,
     whole_embeddings,
 )
-from .errors import AdapterFileError
-from .extras import ModulesToSaveWrapper
-from .files import read_tensors
-from .layer import AdaptedLayer
-from .slots import BufferDict
-from .walk import unwrapped, wrappers
+from .folder import read_tensors
 
 
 class IncompatibleKeys(NamedTuple):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .output_layer import AdaptedOutput
+    from .output import AdaptedOutput
 
 
 @dataclass(frozen=True)

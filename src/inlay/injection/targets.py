@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import NoMatchingPeftModuleError, PeftWarning
+from ..errors import NoMatchingPeftModuleError, PeftWarning
 
 ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")

@@ -8,7 +8,7 @@
     Parallel("a", "b")                           the whole batch once through each: rows of a, then rows of b
 
 A child is an adapter's name or another block. Blocks are values: frozen, comparable, hashable. This file knows names only; what a
-block does on a layer is in ``composed.py``.
+block does on a layer is in ``on_layers.py``.
 """
 
 from __future__ import annotations

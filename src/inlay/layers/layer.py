@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .composed import run_composed
-from .composed_weights import composed_tensors
-from .config import PeftConfig
+from ..composition.on_layers import run_composed
+from ..composition.weights import composed_tensors
+from ..config import PeftConfig
+from ..kernels.autocast import outside_autocast
+from ..kinds import LayerKind
+from ..method import Method, Slot
+from ..stores import store_of
+from ..switch import BASE, Switch
 from .in_weight import InWeight
-from .kernels.autocast import outside_autocast
-from .kinds import LayerKind
-from .method import Method, Slot
 from .slots import SlottedLayer
-from .stores import store_of
-from .switch import BASE, Switch
 
 
 class AdaptedLayer(SlottedLayer):

@@ -1,0 +1,1 @@
+"""Adapters in folders and on the hub: PEFT's format both ways."""

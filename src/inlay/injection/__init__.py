@@ -1,0 +1,1 @@
+"""Finding the places in a model that a configuration names, and setting an adapter in."""
