@@ -226,3 +226,24 @@ def test_switching_costs_the_same_for_any_number_of_layers_and_adapters() -> Non
         model.base_model.switch.change(active=("a3",))
         model.base_model.switch.change(active=("a5",))
     assert (time.perf_counter() - start) / 200 < 1e-3
+
+
+@pytest.mark.parametrize(("name", "products"), [("lora", 1), ("bitfit", 1), ("dora", 3)])
+def test_adapters_that_only_add_share_one_base_product_in_a_mixed_batch(name: str, products: int) -> None:
+    method, kind = next(m for m in METHODS if m.name == name), KINDS[0]
+    model, x = two(method, method, kind), kind.inputs(torch.float64)
+    ran: list[int] = []
+    for layer in model.base_model.layers():
+        layer.get_base_layer().register_forward_hook(lambda _, inputs, output: ran.append(len(inputs[0])))
+    model(x, adapter_names=ROUTE)
+    assert ran.count(BATCH) == len(ran) if products == 1 else BATCH not in ran
+    assert len(ran) == products * len(list(model.base_model.layers()))
+
+
+def test_a_compiled_model_runs_mixed_batches() -> None:
+    method, kind = METHODS[0], KINDS[0]
+    model, x = two(method, method, kind, torch.float32).eval(), kind.inputs()
+    wanted = model(x, adapter_names=ROUTE)
+    model.get_base_model().compile(fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_close(model(x, adapter_names=ROUTE), wanted, torch.float32)

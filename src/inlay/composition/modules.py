@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Average, BatchSplit, Block, Child, Fuse, Split, Stack, names_in
+from . import Average, Block, Child, Fuse, Split, Stack, names_in
+from .rows import runs_of
 
 
 def chosen_copy(node: Child, copies: Mapping[str, nn.Module], original: nn.Module) -> nn.Module | Block:
@@ -72,7 +73,4 @@ def _parts(block: Block, x: Tensor) -> tuple[int, list[int]]:
         if x.dim() < 3 or x.shape[1] != sum(block.splits):
             raise ValueError(f"{block!r} does not fit a saved module that received {list(x.shape)}")
         return 1, list(block.splits)
-    sizes = block.batch_sizes if isinstance(block, BatchSplit) else (1,) * len(block.children)
-    if x.shape[0] % sum(sizes):
-        raise ValueError(f"{block!r} has {sum(sizes)} rows but a saved module received {list(x.shape)}")
-    return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
+    return 0, runs_of(block, x.shape[0], "a saved module")

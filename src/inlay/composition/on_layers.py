@@ -35,7 +35,7 @@ from . import (
     beyond_weights,
     names_in,
 )
-from .parts import Node, axis_and_sizes, dividing, flat, pairs_of, pruned, slots_of, stack_of
+from .parts import Node, axis_and_sizes, dividing, flat, only_adds, pairs_of, pruned, slots_of, stack_of
 from .weights import composed_tensors
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Pass:
         if isinstance(node, str):
             self._forget_norm()
             change = slots[0].method.change(slots[0], x, y)
-        elif all(_only_adds(slot) for slot in slots):
+        elif all(only_adds(slot) for slot in slots):
             change = self.after(node, x, y.new_zeros(()).expand_as(y))
         else:
             change = self.after(node, x, y) - y
@@ -225,15 +225,10 @@ class _Pass:
         return next(slots_of(self.layer, node), None) is not None
 
     def _acts_after(self, node: Node) -> bool:
-        return all(_only_adds(slot) for slot in slots_of(self.layer, node))
+        return all(only_adds(slot) for slot in slots_of(self.layer, node))
 
     def _parts(self, node: Block, x: Tensor) -> tuple[int, list[int]]:
         return axis_and_sizes(self.layer, node, x, whole=bool(self.args or self.kwargs))
-
-
-def _only_adds(slot: Slot) -> bool:
-    """Whether an adapter adds to an output, whatever that comes from."""
-    return slot.method.additive and slot.method.works_on_activations() and slot.kind.direct
 
 
 def _weighted(terms: Sequence[tuple[float, Tensor]]) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..method import Slot
-from ..switch import BASE
 from . import BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in
+from .rows import runs_of
 
 if TYPE_CHECKING:
     from ..layers.layer import AdaptedLayer
@@ -39,6 +38,11 @@ def slots_of(layer: AdaptedLayer, node: Node) -> Iterator[Slot]:
             yield from slots_of(layer, child)
     elif node is not None and node in layer.slots:
         yield layer.slots[node]
+
+
+def only_adds(slot: Slot) -> bool:
+    """Whether an adapter adds to an output, whatever that comes from."""
+    return slot.method.additive and slot.method.works_on_activations() and slot.kind.direct
 
 
 def flat(stack: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -99,28 +103,4 @@ def axis_and_sizes(layer: AdaptedLayer, node: Block, x: Tensor, whole: bool = Fa
                 "token at a time, so it cannot be done under a Split"
             )
         return 1, list(node.splits)
-    sizes = node.batch_sizes if isinstance(node, BatchSplit) else (1,) * len(node.children)
-    if not x.dim() or x.shape[0] % sum(sizes):
-        raise ValueError(
-            f"{node!r} has {sum(sizes)} rows but a layer received {list(x.shape)}, no multiple of it"
-        )
-    return 0, [size * (x.shape[0] // sum(sizes)) for size in sizes]
-
-
-def rows_by_adapter(layer: AdaptedLayer, route: tuple[str, ...], y: Tensor) -> Iterator[tuple[Slot, Tensor]]:
-    """Yield the adapters of a mixed batch that sit on the layer, each with the numbers of its rows of y.
-
-    Rows of one sample stay together, as in ``[batch * beams, ...]``.
-
-    Raises:
-        ValueError: y has no multiple of the batch's rows.
-    """
-    if y.shape[0] % len(route):
-        raise ValueError(
-            f"adapter_names has {len(route)} entries but a module put out {y.shape[0]} rows, not a multiple of it"
-        )
-    repeats = y.shape[0] // len(route)
-    names = [name for name in route for _ in range(repeats)]
-    for name in sorted({n for n in names if n != BASE and n in layer.slots}):
-        rows = [i for i, n in enumerate(names) if n == name]
-        yield layer.slots[name], torch.tensor(rows, device=y.device)
+    return 0, runs_of(node, x.shape[0] if x.dim() else 1, "a layer")

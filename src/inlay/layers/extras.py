@@ -13,12 +13,12 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..composition import Block
 from ..composition.modules import chosen_copy, run_copies
-from ..switch import BASE, Switch
+from ..composition.rows import groups_of
+from ..switch import Switch
 from .layer import AdaptedLayer
 
 
@@ -69,19 +69,9 @@ class ModulesToSaveWrapper(nn.Module):
         return dict(self.modules_to_save.items())
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.shape[0] % len(route):
-            raise ValueError(
-                f"adapter_names has {len(route)} entries but a saved module received {x.shape[0]} rows, not a multiple of it"
-            )
-        repeats = x.shape[0] // len(route)
-        names = [name if name in self.modules_to_save else BASE for name in route for _ in range(repeats)]
-        out: Tensor | None = None
-        for name in sorted(set(names)):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            module = self.original_module if name == BASE else self.modules_to_save[name]
-            y = module(x.index_select(0, rows), *args, **kwargs)
-            out = torch.index_copy(y.new_zeros(x.shape[0], *y.shape[1:]) if out is None else out, 0, rows, y)
-        return out
+        copies = self._copies()
+        groups = groups_of(route, copies, len(x), "a saved module")
+        return groups.run(lambda name, rows: copies.get(name, self.original_module)(rows, *args, **kwargs), x)
 
     @property
     def weight(self) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..composition import Average, Block, Child, Fuse, Stack, blocks_in
-from ..composition.parts import Node, axis_and_sizes, pairs_of, pruned, rows_by_adapter
+from ..composition.parts import Node, axis_and_sizes, pairs_of, pruned
+from ..composition.rows import groups_of
 from .taps import Tap, first_input
 
 if TYPE_CHECKING:
@@ -43,11 +44,8 @@ def undone(layer: AdaptedOutput, h: Tensor) -> Tensor:
     """
     setting = layer.setting()
     if setting.route is not None:
-        out = h
-        for slot, rows in rows_by_adapter(layer, setting.route, h):
-            part = slot.method.undo(slot, h.index_select(0, rows))
-            out = out.index_copy(0, rows, part.to(out.dtype))
-        return out
+        groups = groups_of(setting.route, layer.slots, len(h), "a head")
+        return groups.run(lambda name, rows: _undone(layer, name, rows), h)
     if setting.composition is not None:
         return _undone(layer, pruned(layer, setting.composition), h)
     for slot in reversed(layer.live_slots(setting)):

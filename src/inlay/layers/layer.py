@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..composition.on_layers import run_composed
+from ..composition.parts import only_adds
+from ..composition.rows import groups_of
 from ..composition.weights import composed_tensors
 from ..config import PeftConfig
 from ..kernels.autocast import outside_autocast
@@ -122,26 +124,23 @@ class AdaptedLayer(SlottedLayer):
         )
 
     def _run_mixed(self, route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run each sample through its own adapter. Rows of one sample stay together, as in ``[batch * beams, ...]``."""
+        """Run each sample through its own adapter."""
         if not self.kind.by_rows or args or kwargs:
             raise ValueError(
                 f"adapter_names is not supported on {type(self.base_layer).__name__} layers; run one adapter at a time"
             )
-        if x.shape[0] % len(route):
-            raise ValueError(
-                f"adapter_names has {len(route)} entries but a layer received {x.shape[0]} rows, not a multiple of it"
-            )
-        repeats = x.shape[0] // len(route)
-        names = [name if name in self.slots else BASE for name in route for _ in range(repeats)]
-        order = sorted(range(len(names)), key=names.__getitem__)
-        parts, start = [], 0
-        permutation = torch.tensor(order, device=x.device)
-        rows = x.index_select(0, permutation)
-        for name in sorted(set(names)):
-            part = rows[start : start + names.count(name)]
-            parts.append(self._run([] if name == BASE else [self.slots[name]], part))
-            start += len(part)
-        return torch.cat(parts).index_select(0, permutation.argsort())
+        groups = groups_of(route, self.slots, len(x), "a layer")
+        slots = {name: self.slots[name] for name in groups.names if name != BASE}
+
+        def alone(name: str, x: Tensor) -> Tensor:
+            return self._run([slots[name]] if name in slots else [], x)  # type: ignore[no-any-return]
+
+        def upon(name: str, x: Tensor, y: Tensor) -> Tensor:
+            return slots[name].method.after(slots[name], x, y) if name in slots else y
+
+        if len(groups.names) == 1 or not all(only_adds(slot) for slot in slots.values()):
+            return groups.run(alone, x)
+        return groups.run(upon, x, self._run([], x))  # one base product for all
 
     # ------------------------------------------------------------------ adapters in the weight
 

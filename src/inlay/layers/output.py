@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..composition.on_layers import after_composed
-from ..composition.parts import Node, rows_by_adapter
+from ..composition.parts import Node
+from ..composition.rows import groups_of
 from ..config import PeftConfig
 from ..kinds import Output
 from ..kinds.output import Embedded
@@ -32,7 +32,7 @@ from ..method import Method, Slot
 from ..switch import Switch
 from .inverse import InverseTap, invertible_part
 from .layer import AdaptedLayer
-from .taps import Hung, NormTap, ResidualTap, drop_tap, first_input, set_tap
+from .taps import Hung, NormTap, Passing, ResidualTap, drop_tap, first_input, set_tap
 
 
 class AdaptedOutput(AdaptedLayer):
@@ -100,27 +100,28 @@ class AdaptedOutput(AdaptedLayer):
         return y
 
     def _through_rows(self, route: tuple[str, ...], x: Tensor, y: Tensor) -> Tensor:
-        """Run each sample through its own adapter. Rows of one sample stay together, as in ``[batch * beams, ...]``."""
+        """Run each sample through its own adapter."""
         if x.shape[0] != y.shape[0]:
             raise ValueError(
                 f"adapter_names needs as many rows in a residual ({x.shape[0]}) as in an output ({y.shape[0]})"
             )
-        passed, out = [], y
-        for slot, rows in rows_by_adapter(self, route, y):
+        groups = groups_of(route, self.slots, len(y), "a module's adapters")
+        passing: list[Tensor | None] = []
+
+        def through(name: str, x: Tensor, y: Tensor) -> Tensor:
+            slots = [self.slots[name]] if name in self.slots else []
+            if self.after_norm is None:
+                return self._through(slots, x, y)
             # The model's norm, which the adapter may use, has rows of this adapter alone.
-            alone = (
-                nullcontext()
-                if self.after_norm is None
-                else self.switch.within(active=(slot.name,), route=None)
-            )
-            with alone:
-                part = self._through([slot], x.index_select(0, rows.to(x.device)), y.index_select(0, rows))
-            if self.after_norm is not None and (left := self.after_norm.take()) is not None:
-                passed.append((rows, left))
-            out = out.index_copy(0, rows, part.to(out.dtype))
+            with self.switch.within(active=(name,), route=None):
+                made = self._through(slots, x, y)
+            passing.append(self.after_norm.take())
+            return made
+
+        made = groups.run(through, x, y)
         if self.after_norm is not None:
-            self.after_norm.park(passed)
-        return out
+            self.after_norm.park(Passing(groups, tuple(passing)))
+        return made
 
     # ------------------------------------------------------------------ the sub-layer
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from ..composition.rows import Groups
+
 if TYPE_CHECKING:
     from .output import AdaptedOutput
 
@@ -110,24 +112,35 @@ class ResidualTap(Tap):
 class NormTap(Tap):
     """A forward hook that replaces a normalisation's output by what an adapter has left for it.
 
-    The value is None, the whole output, or a list of (rows, output of these rows) in a mixed batch.
+    The value is None, the whole output, or those of the groups of a mixed batch.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return what was left, if anything was."""
         value = self.take()
-        if not value_is_left(value) or not self.layer.acts():
+        if value is None or not self.layer.acts():
             return None
-        if isinstance(value, Tensor):
-            return value
-        for rows, part in value:
-            output = output.index_copy(0, rows, part.to(output.dtype))
-        return output
+        return value.instead_of(output) if isinstance(value, Passing) else value
 
 
-def value_is_left(value: Any) -> bool:
-    """Whether a tap keeps something: a tensor or a list that is not empty."""
-    return value is not None and (isinstance(value, Tensor) or bool(value))
+@dataclass(frozen=True)
+class Passing:
+    """What adapters of a mixed batch put in place of a normalisation's output.
+
+    Attributes:
+        groups: the batch's rows by adapter.
+        outputs: for each group its rows, or None where they go through the normalisation.
+    """
+
+    groups: Groups
+    outputs: tuple[Tensor | None, ...]
+
+    def instead_of(self, output: Tensor) -> Tensor:
+        """Return a normalisation's output with these rows in it."""
+        if all(rows is None for rows in self.outputs):
+            return output
+        pairs = zip(self.groups.split(output), self.outputs, strict=True)
+        return self.groups.join([own if rows is None else rows.to(output.dtype) for own, rows in pairs])
 
 
 def first_argument(module: nn.Module) -> str:

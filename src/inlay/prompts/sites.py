@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..composition.rows import rows_of_each
+
 if TYPE_CHECKING:
     from .prompts import Prompts
 
@@ -71,10 +73,7 @@ class Site:
 
     def _mixed(self, route: tuple[str, ...], rows: int) -> Front:
         """Return each sample's own prefix, shorter ones filled up on the left with entries that nobody may see."""
-        if rows % len(route):
-            raise ValueError(
-                f"adapter_names has {len(route)} entries but attention received {rows} rows, not a multiple of it"
-            )
+        repeats = rows_of_each(len(route), rows, "attention")
         own = {
             n: self.prompts.prefix(n, self.layer) for n in dict.fromkeys(route) if n in self.prompts.splicing
         }
@@ -88,7 +87,6 @@ class Site:
         )
         counts = torch.tensor([k.shape[1] for k, _ in picked], device=some.device)
         allowed = torch.arange(longest, device=some.device) >= longest - counts[:, None]
-        repeats = rows // len(route)
         return Front(*(t.repeat_interleave(repeats, dim=0) for t in (keys, values, allowed)))
 
     def distances(self, tokens: int, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

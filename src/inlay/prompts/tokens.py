@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..composition.rows import rows_of_each
+
 
 @dataclass
 class Tokens:
@@ -38,14 +40,11 @@ class Tokens:
         Raises:
             ValueError: it is not.
         """
-        if rows % len(prompts):
-            raise ValueError(
-                f"adapter_names has {len(prompts)} entries but the batch has {rows} rows, not a multiple of it"
-            )
+        repeats = rows_of_each(len(prompts), rows, "the model")
         longest = max(len(p) for p in prompts)
         stacked = torch.stack([pad(p, (0, 0, longest - len(p), 0)) for p in prompts])
         empty = torch.tensor([longest - len(p) for p in prompts], device=stacked.device)
-        stacked, empty = (t.repeat_interleave(rows // len(prompts), dim=0) for t in (stacked, empty))
+        stacked, empty = (t.repeat_interleave(repeats, dim=0) for t in (stacked, empty))
         return cls(stacked, empty if bool(empty.any()) else None)
 
     @property
