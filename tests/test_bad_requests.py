@@ -58,6 +58,13 @@ def test_a_typo_beside_a_match_is_reported() -> None:
         get_peft_model(Net(), config(target_modules=["q_proj", "v_porj"]))
 
 
+def test_a_module_to_save_that_is_not_there_is_reported_unless_it_is_a_usual_head() -> None:
+    with pytest.warns(
+        PeftWarning, match=r"modules_to_save entries \['haed'\].*not trained; did you mean \['head'\]"
+    ):
+        get_peft_model(Net(), config(modules_to_save=["haed", "classifier", "score"]))
+
+
 def test_a_pattern_that_nothing_matches_is_reported() -> None:
     with pytest.warns(PeftWarning, match="k_proj"):
         get_peft_model(Net(), config(rank_pattern={"k_proj": 4}))

@@ -333,3 +333,21 @@ def test_the_count_of_p_tuning_v2_on_the_shape_of_glm2_6b() -> None:
         base, inlay.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=128)
     )
     assert adapter.get_nb_trainable_parameters()[0] == 1_835_008
+
+
+@pytest.mark.parametrize("model", ["gpt2", "opt", "bert_classifier", "roberta_classifier", "bart"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-projection"])
+def test_inputs_too_long_for_the_learnt_positions_are_refused_before_anything_runs(
+    method: str, model: str
+) -> None:
+    adapter, given = adapted(inlay, method, model), inputs(model)
+    room = {"gpt2": 48, "opt": 64, "bert_classifier": 32, "roberta_classifier": 33, "bart": 48}[model]
+    ids = given["input_ids"]
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if model == "bart" else {})
+    name = "decoder_input_ids" if model == "bart" and method in PREFIXES else "input_ids"
+    fits = given | {name: ids[:, :1].repeat(1, room - TOKENS)}
+    adapter(**fits)
+    too_long = fits | {name: ids[:, :1].repeat(1, room - TOKENS + 1)}
+    with pytest.raises(ValueError, match=f"need {room + 1} positions.*cut inputs to {room - TOKENS} tokens"):
+        adapter(**too_long)
+    adapter(**fits)

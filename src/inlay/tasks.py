@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapted_model import AdaptedModel
 from .config import PeftConfig, TaskType
-from .injection.targets import base_name
+from .injection.targets import ANSWERERS, HEADS, base_name
 from .peft_model import PeftModel
 
 
@@ -87,19 +87,19 @@ def inject_adapter_in_model(
 class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):
     """A sequence classifier; its head is trained and saved."""
 
-    heads = ("classifier", "score")
+    heads = HEADS
 
 
 class PeftModelForTokenClassification(PeftModel, task=TaskType.TOKEN_CLS):
     """A token classifier; its head is trained and saved."""
 
-    heads = ("classifier", "score")
+    heads = HEADS
 
 
 class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
     """An extractive question answerer; its head is trained and saved."""
 
-    heads = ("qa_outputs",)
+    heads = ANSWERERS
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):

@@ -22,7 +22,15 @@ from ..layers.torch_fast_paths import keep_modules_called, restore_fast_paths
 from ..method import Method, Slot, method_by_name
 from ..methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from ..switch import Switch
-from .targets import ALL_LINEAR, embedding_ends, find_targets, matches, output_layers, warn_of_unused_patterns
+from .targets import (
+    ALL_LINEAR,
+    embedding_ends,
+    find_targets,
+    matches,
+    output_layers,
+    warn_of_unused_names,
+    warn_of_unused_patterns,
+)
 from .tied import Groups, check_tying, shared_weights, tie_copies, tied_places, with_tied
 from .walk import Place, Site, adapted_layers, places, places_to_adapt, unwrapped, wrappers
 
@@ -110,6 +118,7 @@ def plan(model: nn.Module, config: Any) -> Plan:
         raise ValueError(
             "trainable_token_indices and modules_to_save name the same embedding; choose one of the two"
         )
+    warn_of_unused_names(known, config)
     warn_of_unused_patterns([_parameter_path(place, param) for place, param in layers], config)
     if not getattr(config, "layer_replication", None):  # which shares weights on purpose
         check_tying(config, [] if method.follows_tying(config) else [p for p, _ in layers], saved, tied)
@@ -229,6 +238,7 @@ def inject(
 def save_whole(model: nn.Module, config: Any, name: str, switch: Switch) -> None:
     """Give an adapter that adapts no layer its own copies of the modules it saves whole. If it fails, nothing is changed."""
     known = places(model)
+    warn_of_unused_names(known, config)
     try:
         for path in find_saved(known, getattr(config, "modules_to_save", None) or ()):
             _save_whole(known[path], name, switch)

@@ -15,6 +15,8 @@ from ..errors import NoMatchingPeftModuleError, PeftWarning
 ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")
 """Names under which transformers keeps the head of a sequence or token classifier."""
+ANSWERERS = ("qa_outputs",)
+"""The same of a question answerer."""
 
 _DEFAULT_TARGETS: dict[str, str] = {
     "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 llama4_text mistral mixtral stablelm "
@@ -125,6 +127,17 @@ def _endings(path: str) -> Iterator[str]:
     while "." in path:
         path = path.partition(".")[2]
         yield path
+
+
+def warn_of_unused_names(paths: Collection[str], config: Any) -> None:
+    """Warn of entries of ``modules_to_save`` that no module matches; the usual heads are named for models of all kinds."""
+    names = set(getattr(config, "modules_to_save", None) or ()).difference(HEADS, ANSWERERS)
+    if unused := sorted(name for name in names if not any(matches(path, [name]) for path in paths)):
+        warnings.warn(
+            f"no module matches modules_to_save entries {unused}, so they are not trained{_suggestion(unused, paths)}",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def warn_of_unused_patterns(paths: Collection[str], config: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import is_encoder_decoder
 from .inputs import embedded, later_step, prepare, put_in_front
-from .positions import cached_length
+from .positions import cached_length, check_room
 from .prompts import Prompts
 
 PER_TOKEN = {"inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
@@ -49,6 +49,7 @@ def prepare_generation(
         joined: dict[str, Any] = later_step(tokens, given | {"input_ids": ids, "attention_mask": mask})
         return args[1:], joined
     extended = {**given, "inputs_embeds": own, "attention_mask": mask}
+    check_room(model, tokens.count, own.shape[1])
     put_in_front(tokens, own, extended, not is_encoder_decoder(model), False)
     if is_encoder_decoder(model):
         return args[1:], extended

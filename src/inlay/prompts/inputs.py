@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import is_encoder_decoder, word_embedding
-from .positions import cached_length, named_arguments
+from .positions import cached_length, check_room, named_arguments
 from .prompts import Prompts
 from .tokens import Tokens
 
@@ -49,6 +49,7 @@ def prepare(
     past = cached_length(given.get("past_key_values"))
     if isinstance(past, Tensor) or past:
         return (), later_step(tokens, given)
+    check_room(model, tokens.count, own.shape[1])
     put_in_front(tokens, own, given, _fills_left(tokens, model), _takes(model, "position_ids"))
     return (), given
 
@@ -141,6 +142,7 @@ def _with_encoder_input(prompts: Prompts, model: nn.Module, given: dict[str, Any
     own = embedded(model, given)
     tokens = prompts.tokens(len(own), own)
     if tokens is not None:
+        check_room(model, tokens.count, own.shape[1])
         decoder: dict[str, Any] = {k: given.pop(k) for k in ("labels", "position_ids") if k in given}
         put_in_front(tokens, own, given, False, False)
         given |= decoder

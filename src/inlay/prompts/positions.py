@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from .prompts import Prompts
 
 PAST = "past_key_values_length"
+TABLES = ("position_embeddings", "embed_positions", "wpe")
+"""Names of embeddings that hold a learnt position each row."""
+MARGIN = 2
+"""Rows of such a table that some models do not use."""
+OWN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+"""What tells a module how many tokens there are, where it is told."""
 
 
 class Shift:
@@ -63,6 +69,7 @@ class Shift:
                 return None  # the model itself says what it lacks
             start = cached_length(given.get("past_key_values"))
             ids = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0) + start
+            check_room(model, _most(shift), inputs.shape[1])
         return (), given | {self.ids: _moved(ids, shift)}
 
     def in_embeddings(
@@ -74,6 +81,9 @@ class Shift:
             return None
         given = named_arguments(module, args, kwargs)
         mask = given.get("attention_mask")
+        own = next((given[name] for name in OWN if given.get(name) is not None), None)
+        if own is not None:
+            check_room(module, _most(shift), own.shape[1])
         if isinstance(shift, tuple) and len(set(shift)) > 1:
             ids = given.get("position_ids")
             given["position_ids"] = _moved(_counted(module, given) if ids is None else ids, shift)
@@ -86,6 +96,36 @@ class Shift:
             if isinstance(mask, Tensor) and mask.dim() == 2:  # OPT counts what the mask shows
                 given["attention_mask"] = torch.cat([mask.new_ones(len(mask), by), mask], dim=1)
         return (), given
+
+
+def check_room(module: nn.Module, virtual: int, own: int) -> None:
+    """Check that a table of learnt positions is long enough; on a GPU, a position beyond it ends the process's CUDA context.
+
+    Args:
+        module: the model, or the part of it that looks positions up.
+        virtual: number of virtual tokens, or of positions that prefixes take.
+        own: number of the input's own tokens.
+
+    Raises:
+        ValueError: it is not.
+    """
+    config = getattr(module, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if config is not None and (limit is None or virtual + own + MARGIN <= limit):
+        return
+    for path, table in module.named_modules():
+        if isinstance(table, nn.Embedding) and (not path or path.rpartition(".")[2] in TABLES):
+            skipped = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+            room = table.num_embeddings - skipped
+            if virtual + own > room:
+                raise ValueError(
+                    f"{virtual} virtual tokens in front of {own} need {virtual + own} positions, but the model has learnt "
+                    f"{room}; cut inputs to {room - virtual} tokens, or use fewer virtual ones (num_virtual_tokens)"
+                )
+
+
+def _most(shift: int | tuple[int, ...]) -> int:
+    return shift if isinstance(shift, int) else max(shift)
 
 
 def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
