@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -376,10 +376,15 @@ class AdaptedModel(MergeableModel):
         for name in names:
             self.methods[name].step(list(self.own_slots(name)), global_step)
 
-    def remembered(self, name: str) -> dict[str, Tensor]:
-        """Return what an adapter needs beside its values so that its training can go on; empty where that is nothing."""
+    def remembered(self, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return what an adapter needs beside its values so that its training can go on; empty where that is nothing.
+
+        Args:
+            name: the adapter.
+            state_dict: the whole model's, gathered from several devices; the model's own by default.
+        """
         if name in self.prompts:
-            return self.prompts.state(name)
+            return self.prompts.state(name, state_dict)
         return self.methods[name].state(list(self.own_slots(name)))
 
 

@@ -17,7 +17,7 @@ from .config import PeftConfig
 from .files import hub
 from .files.checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights
 from .files.disk_keys import prompt_network
-from .files.folder import adapter_folder, check_folder, write_state, write_tensors
+from .files.folder import adapter_folder, check_folder, check_whole, write_state, write_tensors
 from .files.fusions import members_loaded, model_with_fusion, with_members
 from .files.saved_adapter import SavedAdapter
 from .injection.targets import base_name
@@ -57,7 +57,8 @@ class SavedModel(nn.Module):
             **kwargs: ignored, as in PEFT.
 
         Raises:
-            ValueError: the path is a file, or an adapter is unknown. Nothing is written then.
+            ValueError: the path is a file, an adapter is unknown, or tensors are spread over several devices and no
+                ``state_dict`` is given. Nothing is written then.
         """
         model, folder = cast("PeftModel", self), check_folder(save_directory)
         names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -67,12 +68,14 @@ class SavedModel(nn.Module):
                 f"{list(model.peft_config)} - got {unknown}."
             )
         names = with_members(names, model)
-        states = {
-            n: self._packed(
-                n, get_peft_model_state_dict(self, state_dict, n, save_embedding_layers=save_embedding_layers)
+        states, beside = {}, {}
+        for name in names:
+            tensors = get_peft_model_state_dict(
+                self, state_dict, name, save_embedding_layers=save_embedding_layers
             )
-            for n in names
-        }
+            states[name] = self._packed(name, tensors)
+            beside[name] = model.base_model.remembered(name, state_dict)
+            check_whole(states[name] | beside[name])
         if not is_main_process:
             return
         for name, tensors in states.items():
@@ -87,7 +90,7 @@ class SavedModel(nn.Module):
             target.mkdir(parents=True, exist_ok=True)
             write_tensors(target, tensors, safe_serialization)
             config.save_pretrained(target)
-            write_state(target, model.base_model.remembered(name))
+            write_state(target, beside[name])
             hub.write_model_card(target, config)
 
     def _packed(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

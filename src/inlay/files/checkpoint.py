@@ -16,6 +16,7 @@ from ..injection.walk import unwrapped, wrappers
 from ..layers.extras import ModulesToSaveWrapper
 from ..layers.layer import AdaptedLayer
 from ..layers.slots import BufferDict
+from ..prompts.encoder import encoder_values
 from .disk_keys import (
     PROMPT,
     bare_model,
@@ -84,9 +85,7 @@ def _computed_prompt(
     network = prompt_network(model, name)
     if network is None:
         return {}
-    start = f"prompt_encoder.{name}."
-    values = {k.removeprefix(start): v for k, v in (state_dict or {}).items() if k.startswith(start)}
-    return {PROMPT: network.saved(values)}
+    return {PROMPT: network.saved(encoder_values(state_dict, name))}
 
 
 def set_peft_model_state_dict(

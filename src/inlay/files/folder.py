@@ -6,7 +6,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,20 @@ def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
             reason = error.strerror or _first_line(error)
             raise OSError(error.errno, f"{target} could not be written and is as it was: {reason}") from error
         raise
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors are not spread over several devices, as FSDP spreads them.
+
+    Raises:
+        ValueError: one is.
+    """
+    if spread := [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]:
+        raise ValueError(
+            f"{len(spread)} of {len(tensors)} tensors, such as {spread[0]}, are spread over several devices; gather them in all "
+            "processes, state = torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), and call save_pretrained(folder, state_dict=state)"
+        )
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], safe_serialization: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,3 +66,9 @@ class PromptModule(nn.Module):
         self._kept = None
         super().train(mode)
         return self
+
+
+def encoder_values(state_dict: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+    """Return what a state of a whole model holds of a prompt adapter's encoder, by the encoder's own names."""
+    start = f"prompt_encoder.{name}."
+    return {k.removeprefix(start): v for k, v in (state_dict or {}).items() if k.startswith(start)}

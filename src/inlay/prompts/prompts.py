@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..input_method import InputMethod
 from ..switch import Switch
 from .attention import Splice
 from .config import word_embedding
-from .encoder import PromptModule
+from .encoder import PromptModule, encoder_values
 from .positions import Shift
 from .tokens import Tokens
 
@@ -146,10 +146,15 @@ class Prompts:
         """Yield the parameters of an adapter's encoder."""
         yield from self.encoder(name).parameters()
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Return what training needs beside the prompt itself: the encoder, where it computes the prompt."""
+    def state(self, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return what training needs beside the prompt itself: the encoder, where it computes the prompt.
+
+        Args:
+            name: the adapter.
+            state_dict: the whole model's, gathered from several devices; the encoder's own by default.
+        """
         encoder = self.encoder(name)
-        return dict(encoder.state_dict()) if encoder.computes else {}
+        return encoder.state_dict() | encoder_values(state_dict, name) if encoder.computes else {}
 
     def check_state(self, name: str, state: dict[str, Tensor], origin: Any) -> None:
         """Make sure that a saved encoder fits the one that is there.
