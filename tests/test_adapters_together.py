@@ -68,6 +68,30 @@ def test_a_prompt_stands_beside_a_block_not_in_it(prompt: Any) -> None:
     assert torch.allclose(both[4:], model(ids()).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [PREFIX, PROMPT], ids=["prefix", "prompt"])
+@pytest.mark.parametrize("prompt_first", [True, False])
+def test_a_prompt_beside_an_invertible_adapter(prompt: Any, prompt_first: bool) -> None:
+    invertible = BottleneckConfig(reduction_factor=2, inv_adapter="nice")
+    configs = {"x": prompt, "a": invertible} if prompt_first else {"a": invertible, "x": prompt}
+    model, mask = model_with(**configs), torch.ones_like(ids())
+    outputs = {}
+    for names in ("x", "a", ["x", "a"], ["a", "x"]):
+        model.set_adapter(names)
+        outputs[str(names)] = model(ids()).logits[:, -6:]
+        generated = [
+            model.generate(
+                input_ids=ids(), attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=cached
+            )
+            for cached in (True, False)
+        ]
+        assert torch.equal(*generated)
+    together, *others = outputs.pop("['x', 'a']"), outputs.pop("['a', 'x']"), *outputs.values()
+    assert torch.equal(together, others[0])
+    assert all(not torch.allclose(together, other, atol=1e-2) for other in others[1:])
+    with model.disable_adapter():
+        assert torch.equal(model(ids()).logits, tiny("gpt2").eval()(ids()).logits)
+
+
 def test_layers_cannot_be_skipped_by_a_prompt() -> None:
     model = model_with(x=PREFIX, a=LORA)
     with pytest.raises(ValueError, match=r"skip_layers .* the prompts \['x'\] do not"):
