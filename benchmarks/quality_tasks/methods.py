@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
     "compacter": Method("Compacter", bottleneck("compacter", reduction_factor=32), rates="wide"),
     "prompt": Method("prompt tuning, 16 tokens", adapter(PromptTuningConfig, **PROMPT), rates="prompt"),
     "p-tuning": Method(
-        "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT), rates="wide"
+        "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT), rates="prompt"
     ),
     "p-tuning-v2": Method("P-Tuning v2, 16 tokens", adapter(PrefixTuningConfig, **PROMPT), rates="prompt"),
     "lora-dropout": Method("LoRA, dropout 0.1", adapter(LoraConfig, **LOW_RANK), rate_of="lora", dropout=0.1),
