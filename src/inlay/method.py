@@ -121,6 +121,8 @@ class Method:
         if name:
             METHODS[name] = cls
 
+    # ------------------------------------------------------------------ what is trained, and where it starts
+
     def build(self, kind: LayerKind, config: Any, path: str) -> dict[str, Column]:
         """Return the new columns of one layer: modules, parameters, tensors (kept as buffers), and plain numbers such as a scale.
 
@@ -134,12 +136,18 @@ class Method:
         """
         raise NotImplementedError
 
+    def init(self, slot: Slot) -> None:
+        """Set the initial values. Not called where they are about to be loaded onto the meta device."""
+
     def changes_base(self, config: Any) -> bool:
         """Whether ``init`` gives base layers other weights, which loading an adapter must do as well."""
         return False
 
-    def init(self, slot: Slot) -> None:
-        """Set the initial values. Not called where they are about to be loaded onto the meta device."""
+    def unit_scale(self, slot: Slot) -> float:
+        """Return what the column ``scaling`` starts at, for methods that have one."""
+        return 1.0
+
+    # ------------------------------------------------------------------ what a layer computes: the law
 
     def before(self, slot: Slot, x: Tensor) -> Tensor:
         """Change the layer's input ``x[..., in]``."""
@@ -149,10 +157,6 @@ class Method:
         """Change the layer's output ``y[..., out]``; ``x`` is the input that ``before`` was given."""
         return y
 
-    def undo(self, slot: Slot, y: Tensor) -> Tensor:
-        """Return what ``after`` was given, from what it returned; for adapters of embeddings, which the head wants back."""
-        raise NotImplementedError
-
     def fused(self, slot: Slot, x: Tensor) -> Tensor | None:
         """Return what the adapted layer computes, base product included, or None where there is no such path."""
         return None
@@ -160,6 +164,20 @@ class Method:
     def merge(self, slot: Slot, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight ``W'[..., out, in]`` and bias ``b'[out]``, without changing the given ones."""
         raise NotImplementedError
+
+    def delta(self, slot: Slot) -> Tensor:
+        """Return ``W' - W`` for the base weight, as a canonical matrix."""
+        w = slot.weight()
+        return self.merge(slot, w, slot.bias())[0] - w
+
+    def beyond_merge(self, slot: Slot) -> str | None:
+        """Name what the adapter does right now that ``merge`` cannot express, such as dropout in training."""
+        return None
+
+    @classmethod
+    def works_on_activations(cls) -> bool:
+        """Whether the method has a path besides ``merge``."""
+        return cls.before is not Method.before or cls.after is not Method.after
 
     def entries(self, slot: Slot) -> tuple[Tensor, Tensor]:
         """Return where and how much an ``in_weight`` adapter adds to the base weight.
@@ -170,72 +188,11 @@ class Method:
         """
         raise NotImplementedError
 
-    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
-        """Return what a fusion of several adapters asks by, ``[..., out]``: the output that they act on."""
-        return y
-
-    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
-        """Return what ``after`` adds to y; for methods that only add, without the rounding of a difference."""
-        if self.additive:
-            return self.after(slot, x, y.new_zeros(()).expand_as(y))
-        return self.after(slot, x, y) - y
-
-    def mix(self, slot: Slot, query: Tensor, changes: Sequence[Tensor]) -> Tensor:
-        """Return what a method that ``mixes`` adds to the layer's output ``query[..., out]``, given what each adapter adds."""
+    def undo(self, slot: Slot, y: Tensor) -> Tensor:
+        """Return what ``after`` was given, from what it returned; for adapters of embeddings, which the head wants back."""
         raise NotImplementedError
 
-    def penalty(self, slots: Sequence[Slot]) -> Tensor | None:
-        """Return a term that is added to the training loss, 0-d, over all layers of an adapter; None for no term."""
-        return None
-
-    def step(self, slots: Sequence[Slot], step: int) -> None:
-        """Act on the whole adapter after an optimizer's step, while its gradients are still there.
-
-        Args:
-            slots: the adapter's slots on all layers.
-            step: number of optimizer steps before this one.
-        """
-
-    def state(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
-        """Return what ``step`` remembers between steps, so that a run can be resumed; empty where that is nothing."""
-        return {}
-
-    def load_state(self, slots: Sequence[Slot], state: dict[str, Tensor]) -> None:
-        """Take up again what ``state`` returned.
-
-        Raises:
-            ValueError: the state belongs to another adapter; nothing is changed then.
-        """
-
-    def fit(self, slot: Slot, config: Any) -> None:
-        """Give a slot the shapes that a saved configuration asks for, whose values are about to be loaded."""
-
-    def shared_names(self, config: Any) -> tuple[str, ...]:
-        """Return the names of what a file holds of the adapter as a whole, beside what its slots hold."""
-        return ()
-
-    def shared(self, config: Any) -> Sequence[Tensor]:
-        """Return the tensors of ``shared_names``."""
-        return ()
-
-    def load_shared(self, config: Any, tensors: Sequence[Tensor]) -> None:
-        """Take up what ``shared`` returned.
-
-        Raises:
-            AdapterFileError: the tensors do not fit; nothing is changed then.
-        """
-
-    def pack(self, slot: Slot, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a file holds of a slot, by column, given what the slot holds."""
-        return tensors
-
-    def follows_tying(self, config: Any) -> bool:
-        """Whether a layer whose weight is tied to an adapted one gets a twin slot, without parameters of its own."""
-        return False
-
-    def become_twin(self, slot: Slot, owner: Slot) -> None:
-        """Make a slot on a tied layer use the parameters of ``owner`` instead of those that ``build`` made."""
-        raise NotImplementedError
+    # ------------------------------------------------------------------ where it sits
 
     def complete(self, config: Any, model: nn.Module) -> None:
         """Fill in, in place, what the user left open and what depends on the model, such as the modules to adapt.
@@ -275,28 +232,83 @@ class Method:
     def join(self, slots: Sequence[Slot]) -> None:
         """Connect the slots of a new adapter, before they get their values, for methods whose layers share parameters."""
 
-    def delta(self, slot: Slot) -> Tensor:
-        """Return ``W' - W`` for the base weight, as a canonical matrix."""
-        w = slot.weight()
-        return self.merge(slot, w, slot.bias())[0] - w
+    def follows_tying(self, config: Any) -> bool:
+        """Whether a layer whose weight is tied to an adapted one gets a twin slot, without parameters of its own."""
+        return False
 
-    def unit_scale(self, slot: Slot) -> float:
-        """Return what the column ``scaling`` starts at, for methods that have one."""
-        return 1.0
+    def become_twin(self, slot: Slot, owner: Slot) -> None:
+        """Make a slot on a tied layer use the parameters of ``owner`` instead of those that ``build`` made."""
+        raise NotImplementedError
 
-    def beyond_merge(self, slot: Slot) -> str | None:
-        """Name what the adapter does right now that ``merge`` cannot express, such as dropout in training."""
+    # ------------------------------------------------------------------ beside other adapters
+
+    def query(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a fusion of several adapters asks by, ``[..., out]``: the output that they act on."""
+        return y
+
+    def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+        """Return what ``after`` adds to y; for methods that only add, without the rounding of a difference."""
+        if self.additive:
+            return self.after(slot, x, y.new_zeros(()).expand_as(y))
+        return self.after(slot, x, y) - y
+
+    def mix(self, slot: Slot, query: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        """Return what a method that ``mixes`` adds to the layer's output ``query[..., out]``, given what each adapter adds."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ training
+
+    def penalty(self, slots: Sequence[Slot]) -> Tensor | None:
+        """Return a term that is added to the training loss, 0-d, over all layers of an adapter; None for no term."""
         return None
 
-    @classmethod
-    def works_on_activations(cls) -> bool:
-        """Whether the method has a path besides ``merge``."""
-        return cls.before is not Method.before or cls.after is not Method.after
+    def step(self, slots: Sequence[Slot], step: int) -> None:
+        """Act on the whole adapter after an optimizer's step, while its gradients are still there.
+
+        Args:
+            slots: the adapter's slots on all layers.
+            step: number of optimizer steps before this one.
+        """
 
     @classmethod
     def steps(cls) -> bool:
         """Whether the method acts after each optimizer step."""
         return cls.step is not Method.step
+
+    def state(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        """Return what ``step`` remembers between steps, so that a run can be resumed; empty where that is nothing."""
+        return {}
+
+    def load_state(self, slots: Sequence[Slot], state: dict[str, Tensor]) -> None:
+        """Take up again what ``state`` returned.
+
+        Raises:
+            ValueError: the state belongs to another adapter; nothing is changed then.
+        """
+
+    # ------------------------------------------------------------------ files
+
+    def fit(self, slot: Slot, config: Any) -> None:
+        """Give a slot the shapes that a saved configuration asks for, whose values are about to be loaded."""
+
+    def pack(self, slot: Slot, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a file holds of a slot, by column, given what the slot holds."""
+        return tensors
+
+    def shared_names(self, config: Any) -> tuple[str, ...]:
+        """Return the names of what a file holds of the adapter as a whole, beside what its slots hold."""
+        return ()
+
+    def shared(self, config: Any) -> Sequence[Tensor]:
+        """Return the tensors of ``shared_names``."""
+        return ()
+
+    def load_shared(self, config: Any, tensors: Sequence[Tensor]) -> None:
+        """Take up what ``shared`` returned.
+
+        Raises:
+            AdapterFileError: the tensors do not fit; nothing is changed then.
+        """
 
 
 def method_by_name(name: str) -> type[Method] | type[InputMethod]:
