@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place, places
-from . import bottleneck, low_rank, prefix
-from .folder import Entry, Folder
+from . import bottleneck, fusion, low_rank, prefix
+from .folder import Entry, Folder, is_fusion_there
 
 NOT_READ = {
     "refts": "ReFT",
@@ -23,6 +23,7 @@ HOLDERS_OF = {
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings",),
 }
+FUSION = "fusion"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Part:
 
 
 def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
-    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning".
+    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning"; or its one "fusion".
 
     Raises:
         ValueError: the folder holds what Inlay does not have.
@@ -43,6 +44,8 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
     """
     known = places(model)
     entries = list(folder.entries())
+    if is_fusion_there(folder.description):
+        return {FUSION: Part(*fusion.convert(folder.description, entries, known))}
     for entry in entries:
         if entry.holder in NOT_READ:
             raise ValueError(f"{folder.origin} holds {NOT_READ[entry.holder]}, which Inlay does not have")

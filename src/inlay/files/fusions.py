@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,10 @@ def with_members(names: list[str], model: PeftModel) -> list[str]:
 @contextmanager
 def members_loaded(
     model: PeftModel, name: str, saved: SavedAdapter, hub: dict[str, Any], options: dict[str, Any]
-) -> Iterator[None]:
+) -> Iterator[SavedAdapter]:
     """Load the members that a fusion lacks, and take them out again if what is done inside fails.
+
+    Gives the adapter as it fits its members.
 
     Args:
         model: where to.
@@ -40,7 +44,7 @@ def members_loaded(
         options: passed to ``load_adapter``.
 
     Raises:
-        ValueError: a member is neither loaded nor beside the fusion.
+        ValueError: a member is neither loaded nor beside the fusion, or is alone on a layer on which AdapterHub's fusion acts.
     """
     loaded: list[str] = []
     try:
@@ -49,7 +53,7 @@ def members_loaded(
                 origin, arguments = _place_of(member, saved.origin, hub)
                 model.load_adapter(origin, member, **options, **arguments)
                 loaded.append(member)
-        yield
+        yield _where_members_sit(saved, model) if saved.everywhere else saved
     except BaseException:
         for member in loaded:
             model.delete_adapter(member)
@@ -100,6 +104,20 @@ def _members(saved: SavedAdapter, name: str) -> list[str]:
             f"the fusion at {saved.origin} has a member {name!r} itself; load it by another name, such as adapter_name='fusion'"
         )
     return list(config.members)
+
+
+def _where_members_sit(saved: SavedAdapter, model: PeftModel) -> SavedAdapter:
+    """Leave out what a fusion holds of layers on which no member sits."""
+    members: list[str] = saved.config.members  # type: ignore[attr-defined]
+    present = [member for member in members if member in model.peft_config]
+    sitting = Counter(slot.path for member in present for slot in model.base_model.slots(member))
+    path_of = {key: key.removeprefix("base_model.model.").partition(".fusion_")[0] for key in saved.tensors}
+    if alone := [path for path in path_of.values() if sitting[path] == 1]:
+        raise ValueError(
+            f"{saved.origin} multiplies what a single one of its members {members} does at {alone[0]}, where the others do not "
+            "sit; Inlay's fusion leaves it as it is"
+        )
+    return replace(saved, tensors={key: t for key, t in saved.tensors.items() if sitting[path_of[key]]})
 
 
 def _place_of(member: str, origin: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
