@@ -155,7 +155,14 @@ class SavedModel(nn.Module):
         from .tasks import class_for  # only now: it is made of subclasses of this one
 
         saved = find_saved(
-            model, model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, hub=kwargs
+            model,
+            model_id,
+            kwargs,
+            config=config,
+            is_trainable=is_trainable,
+            device=None,
+            key_mapping=key_mapping,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
         options = {
             "is_trainable": is_trainable,
@@ -205,7 +212,14 @@ class SavedModel(nn.Module):
         """
         base = cast("PeftModel", self).get_base_model()
         saved = find_saved(
-            base, model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, hub=kwargs
+            base,
+            model_id,
+            kwargs,
+            config=None,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
         options = {
             "is_trainable": is_trainable,

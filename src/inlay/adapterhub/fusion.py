@@ -1,7 +1,7 @@
 """A fusion of bottleneck adapters in AdapterHub's files, both ways. Its members are in folders of their own.
 
-Keys have a bias there, which adds the same to the scores of all members, so that no softmax sees it: it is left out when a file is
-read, and is zero in one that is written.
+Keys have a bias there, which adds the same to the scores of all members, so that no softmax sees it: it is left out when a file
+is read, and is zero in one that is written.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..composition import Average, BatchSplit, Block, Child, Fuse, Parallel, Split, Stack
+from ..composition import Average, BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in, names_in
 from ..errors import AdapterFileError
 from ..files.folder import locate, write_atomically
 from .write import VERSION
@@ -45,9 +45,23 @@ def read_setup(origin: str | os.PathLike[str], **hub: Any) -> Child | None:
 
 def write_setup(folder: Path, tree: Child) -> None:
     """Write a composition, for a folder that holds its adapters by their names."""
-    whole = {"adapter_setup": _told(Stack(tree) if isinstance(tree, str) else tree), "head_setup": None, "version": VERSION}  # fmt: skip
+    root = Stack(tree) if isinstance(tree, str) else tree
+    whole = {"adapter_setup": _told(root), "head_setup": None, "version": VERSION}
     text = json.dumps(whole, indent=2)
     write_atomically(folder / SETUP_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def differences(tree: Child, configs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what AdapterHub computes otherwise under a composition, on purpose here; ``configs`` are those of the adapters."""
+    blocks = list(blocks_in(tree))
+    if any(isinstance(block, Average) for block in blocks):
+        yield "AdapterHub divides an Average by the number of its children once more"
+    for own in [list(names_in(block)) for block in blocks if isinstance(block, Stack)]:
+        methods = [configs[name].method_name() for name in own]
+        if methods.count("LORA") > 1:
+            yield "AdapterHub feeds what one LoRA of a Stack adds into the next, Inlay adds them up"
+        if methods.count("BOTTLENECK") > 1 and any(getattr(configs[name], "parallel", False) for name in own):
+            yield "AdapterHub loses the layer's output in a Stack with parallel adapters"
 
 
 def _tree(told: Mapping[str, Any]) -> Child:

@@ -15,10 +15,11 @@ from ..files.folder import check_folder, write_atomically
 from ..injection.targets import base_name, model_config
 from ..injection.walk import places
 from ..methods.bottleneck.config import BottleneckConfig
+from ..methods.fusion import FusionConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
-from . import bottleneck, low_rank
-from .folder import SAFETENSORS
+from . import bottleneck, fusion, low_rank
+from .folder import FUSION_CONFIG, FUSION_SAFETENSORS, SAFETENSORS
 
 VERSION = "adapters.1.3.0"
 """The version of ``adapters`` whose files these are."""
@@ -31,14 +32,14 @@ def write_adapterhub(
     tensors: Mapping[str, Tensor],
     name: str,
 ) -> None:
-    """Write an adapter to a folder in AdapterHub's format. Heads are not written.
+    """Write an adapter, or a fusion without its members, to a folder in AdapterHub's format. Heads are not written.
 
     Args:
         folder: where to.
         model: the bare base model, in the class that AdapterHub will load the adapter into.
         config: the adapter's configuration.
         tensors: by the keys of Inlay's files.
-        name: what AdapterHub is to call it.
+        name: what AdapterHub is to call it. It finds a fusion by its members' names with commas between: "a,b".
 
     Raises:
         ValueError: AdapterHub has no word for the method, one of its settings, or one of its places. Nothing is written then.
@@ -47,7 +48,9 @@ def write_adapterhub(
     width = int(getattr(model.config, "hidden_size", 0))  # GPT-2 and T5 know it by this name too
     heads = tuple(f"base_model.model.{module}." for module in getattr(config, "modules_to_save", None) or ())
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)} if heads else tensors
-    if isinstance(config, BottleneckConfig):
+    if isinstance(config, FusionConfig):
+        fields, renamed = fusion.fields_for(config), fusion.keys_for(own, name, places(model))
+    elif isinstance(config, BottleneckConfig):
         known = places(model)
         behind = bottleneck.behind_embeddings(config, model, known)
         fields = bottleneck.fields_for(config, width)
@@ -56,17 +59,21 @@ def write_adapterhub(
         fields, renamed = low_rank.fields_and_keys(config, own, name)
     else:
         raise ValueError(
-            f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, LoRA and (IA)3 can"
+            f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, their fusions, LoRA and "
+            "(IA)3 can"
         )
     description = {
         "config": fields, "hidden_size": width, "model_class": type(model).__name__, "model_name": base_name(model) or "",
         "model_type": model_config(model).get("model_type"), "name": name, "version": VERSION,
     }  # fmt: skip
+    names = (CONFIG_NAME, SAFETENSORS)
+    if isinstance(config, FusionConfig):
+        description["adapter_names"], names = config.members, (FUSION_CONFIG, FUSION_SAFETENSORS)
     plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in sorted(renamed.items())}
     content, text = save(plain, metadata={"format": "pt"}), json.dumps(description, indent=2, sort_keys=True)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / SAFETENSORS, lambda path: path.write_bytes(content))
-    write_atomically(target / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(target / names[1], lambda path: path.write_bytes(content))
+    write_atomically(target / names[0], lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _top(model: nn.Module) -> str:

@@ -12,6 +12,9 @@ from torch import nn
 from inlay import PeftConfig, load_peft_weights
 from inlay.adapterhub import parts_of, write_adapterhub
 from inlay.adapterhub.folder import describe, read_folder
+from inlay.adapterhub.setup import SETUP_NAME, read_setup, write_setup
+from inlay.composition import names_in
+from inlay.composition.choice import is_fusion
 from inlay.files.folder import write_state, write_tensors
 
 from .errors import UserError, told_as
@@ -22,27 +25,53 @@ from .trained import base_of
 
 
 def run(options: Convert) -> None:
-    """Write the adapter in the other format.
+    """Write the adapter, or the adapters of a setup, in the other format.
 
     Raises:
-        UserError: the adapter does not fit its base, or the other format has no word for it.
+        UserError: an adapter does not fit its base, or the other format has no word for it.
     """
-    target, adapter = check_new(options.output_dir, overwrite=options.overwrite), Path(options.adapter)
+    target, source = check_new(options.output_dir, overwrite=options.overwrite), Path(options.adapter)
+    with told_as(f"cannot convert {source}"), new_folder(target) as folder:
+        if (source / SETUP_NAME).is_file():
+            written = _setup(source, options, folder)
+        else:
+            written = _converted(source, options.model, options.name, folder)
+    print("\n".join(str(target if name == "." else target / name) for name in written))
+
+
+def _setup(source: Path, options: Convert, target: Path) -> list[str]:
+    """Write each adapter of a setup by its own name, and the composition; return their folders."""
+    if options.name is not None:
+        raise UserError(f"{source} holds several adapters, which keep their names; leave out --name")
+    tree = read_setup(source)
+    assert tree is not None
+    names = list(dict.fromkeys(names_in(tree)))
+    for name in names:
+        (target / name).mkdir()
+        if _converted(source / name, options.model, name, target / name) != ["."]:
+            raise UserError(
+                f"{source / name} is several adapters in one; convert it alone, and name its parts in a Stack"
+            )
+    write_setup(target, tree)
+    return names
+
+
+def _converted(adapter: Path, model: str | None, name: str | None, target: Path) -> list[str]:
+    """Write one adapter or fusion; return the folders in the target."""
+    description = describe(adapter)
+    if description is not None:
+        return _from_adapterhub(adapter, description, model, target)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} is not an adapter folder: it has no adapter_config.json")
-    description = describe(adapter)
-    with told_as(f"cannot convert {adapter}"), new_folder(target) as folder:
-        if description is None:
-            base = base_of(adapter, options.model)
-            config = PeftConfig.from_pretrained(adapter)
-            revision = config.revision if options.model is None else None
-            trained_on = (config.auto_mapping or {}).get("base_model_class")
-            model = structure_of(base, revision, trained_on)
-            write_adapterhub(folder, model, config, load_peft_weights(adapter), options.name)
-            written = ["."]
-        else:
-            written = _from_adapterhub(adapter, description, options.model, folder)
-    print("\n".join(str(target if name == "." else target / name) for name in written))
+    base = base_of(adapter, model)
+    config: Any = PeftConfig.from_pretrained(adapter)
+    revision = config.revision if model is None else None
+    trained_on = (config.auto_mapping or {}).get("base_model_class")
+    usual = ",".join(config.members) if is_fusion(config) else "default"
+    write_adapterhub(
+        target, structure_of(base, revision, trained_on), config, load_peft_weights(adapter), name or usual
+    )
+    return ["."]
 
 
 def _from_adapterhub(

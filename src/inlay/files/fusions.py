@@ -44,7 +44,7 @@ def members_loaded(
         options: passed to ``load_adapter``.
 
     Raises:
-        ValueError: a member is neither loaded nor beside the fusion, or is alone on a layer on which AdapterHub's fusion acts.
+        ValueError: a member is neither loaded nor beside the fusion, or AdapterHub's fusion does with them what Inlay's does not.
     """
     loaded: list[str] = []
     try:
@@ -110,6 +110,11 @@ def _where_members_sit(saved: SavedAdapter, model: PeftModel) -> SavedAdapter:
     """Leave out what a fusion holds of layers on which no member sits."""
     members: list[str] = saved.config.members  # type: ignore[attr-defined]
     present = [member for member in members if member in model.peft_config]
+    if parallel := [member for member in present if getattr(model.peft_config[member], "parallel", False)]:
+        raise ValueError(
+            f"the fusion at {saved.origin} has the parallel adapters {parallel} as members: AdapterHub's fusion adds the "
+            "residual a second time then, Inlay's does not"
+        )
     sitting = Counter(slot.path for member in present for slot in model.base_model.slots(member))
     path_of = {key: key.removeprefix("base_model.model.").partition(".fusion_")[0] for key in saved.tensors}
     if alone := [path for path in path_of.values() if sitting[path] == 1]:

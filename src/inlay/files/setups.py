@@ -7,6 +7,7 @@ The adapters keep the names that they have in the composition, which are those o
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..adapterhub.setup import read_setup
+from ..adapterhub.setup import differences, read_setup
 from ..composition import Block, Child, Fuse, Stack, names_in
 from ..composition.choice import is_fusion
 from ..config import HUB_ARGUMENTS
+from ..errors import PeftWarning
 from .saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
@@ -49,11 +51,11 @@ class SavedSetup:
 
 
 def find_saved(
-    model: nn.Module, origin: str | os.PathLike[str], *arguments: Any, hub: dict[str, Any]
+    model: nn.Module, origin: str | os.PathLike[str], hub: dict[str, Any], **arguments: Any
 ) -> SavedAdapter | SavedSetup:
     """Return what there is at a place, adapter or setup; ``arguments`` are those of ``SavedAdapter.find``."""
     try:
-        return SavedAdapter.find(model, origin, *arguments, hub)
+        return SavedAdapter.find(model, origin, kwargs=hub, **arguments)
     except ValueError:  # looked for only now: on the hub, each look is a request
         known = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS | {"subfolder"}}
         tree = read_setup(origin, **known)
@@ -80,7 +82,9 @@ def model_with_setup(
         model, setup.origin, _named(first, name), **options, **setup.place_of(first)
     )
     try:
-        tree = _load_others(made, name, setup, options | {"torch_device": None}, {first: _all_of(list(made.peft_config))})
+        tree = _load_others(
+            made, name, setup, options | {"torch_device": None}, {first: _all_of(list(made.peft_config))}
+        )
         made.set_adapter(tree, inference_mode=not options["is_trainable"])
     except BaseException:
         made.unload()
@@ -132,7 +136,12 @@ def _load_others(
             saved = replace(saved, config=replace(config, members=members))
         model._take_in(saved, _named(own, name), options, where)
         loaded[own] = _all_of([n for n in model.peft_config if n not in before])
-    return _renamed(setup.tree, loaded)
+    tree = _renamed(setup.tree, loaded)
+    for difference in dict.fromkeys(differences(tree, model.peft_config)):
+        warnings.warn(
+            f"{setup.origin}: {difference}, so outputs are not the same here", PeftWarning, stacklevel=4
+        )
+    return tree
 
 
 def _named(own: str, name: str) -> str:
