@@ -16,12 +16,11 @@ from .folder import Entry, Folder, is_fusion_there
 NOT_READ = {
     "refts": "ReFT",
     "prompt_tunings": "AdapterHub's prompt tuning",
-    "prefix_gates": "a gated prefix",
 }
 HOLDERS_OF = {
     "bottleneck": ("adapters", "shared_parameters", "invertible_adapters"),
     "lora": ("loras",),
-    "prefix_tuning": ("prefix_tunings",),
+    "prefix_tuning": ("prefix_tunings", "prefix_gates"),
 }
 FUSION = "fusion"
 
@@ -70,7 +69,7 @@ def _converted(
     if kind == "lora":
         return Part(*low_rank.convert(told, entries, known))
     if kind == "prefix_tuning":
-        return Part(*prefix.convert(told, entries))
+        return Part(*prefix.convert(told, entries, known, model))
     config = bottleneck.config_of(told)
     return Part(
         config,

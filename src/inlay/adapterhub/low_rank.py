@@ -1,5 +1,8 @@
 """LoRA and (IA)3 in AdapterHub's files: there one class, told apart by ``composition_mode``; both ways.
 
+A LoRA with a gate depends on what a layer reads, so that it is no update of a weight: here it is a parallel bottleneck adapter
+without a non-linearity, its biases zero. The gate stands in place of alpha / r there.
+
 GPT-2's fused projection of queries, keys and values has a small LoRA for each of the three there. Here it is one of their
 ranks' sum, whose B has a block for each and zeros between: the same update. Trained further, the zeros may grow.
 """
@@ -16,12 +19,13 @@ from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place
 from ..kinds import kind_of
+from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from .folder import Entry
 from .paths import own_path
 
-FIXED = {"use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None, "dtype": None}
+FIXED = {"use_dora": False, "vera_d": None, "vera_b": None, "dtype": None}
 """Fields with the only value that Inlay reads: AdapterHub's DoRA scales the bias too, and its VeRA trains whole matrices."""
 FUSED = ("q", "k", "v")
 """The order of the matrices in a fused projection."""
@@ -49,7 +53,14 @@ def convert(
     by_path: dict[str, dict[str, Tensor]] = {}
     for entry in entries:
         by_path.setdefault(own_path(entry.at, known), {})[entry.rest] = entry.tensor
-    if told.get("composition_mode", "add") == "scale":
+    scale = told.get("composition_mode", "add") == "scale"
+    if told.get("use_gating"):
+        if scale or told.get("dropout"):
+            raise ValueError(
+                f"{'an (IA)3' if scale else 'a LoRA with dropout'} of AdapterHub with use_gating cannot be read by Inlay"
+            )
+        return _gated(told, by_path, known)
+    if scale:
         return _ia3(told, by_path, known)
     return _lora(told, by_path, known)
 
@@ -76,6 +87,25 @@ def _lora(
         rank_pattern=ranks,
         alpha_pattern={path: alpha * rank // r for path, rank in ranks.items()},
     )
+    return config, tensors
+
+
+def _gated(
+    told: Mapping[str, Any], by_path: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Place]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    tensors = {}
+    for path, parts in by_path.items():
+        a, b = parts["lora_A"], parts["lora_B"]
+        if len(a) != told["r"] or len(b) != _rows(path, known):
+            raise ValueError(
+                f"a LoRA with gates on the fused projection {path} cannot be read by Inlay: it has one for each of its matrices"
+            )
+        own = {
+            "down.weight": a, "down.bias": a.new_zeros(len(a)), "up.weight": b, "up.bias": b.new_zeros(len(b)),
+            "gate.weight": parts["gate.weight"], "gate.bias": parts["gate.bias"],
+        }  # fmt: skip
+        tensors |= {f"base_model.model.{path}.adapter_{name}": tensor for name, tensor in own.items()}
+    config = BottleneckConfig.preset("gated_lora", bottleneck_size=told["r"], target_modules=list(by_path))
     return config, tensors
 
 
