@@ -1,4 +1,7 @@
-"""Prefix tuning in AdapterHub's files. Positions are not counted on from the prefix there, unlike in PEFT."""
+"""Prefix tuning in AdapterHub's files, both ways. Positions are not counted on from the prefix there, unlike in PEFT.
+
+What belongs to the whole model is in its files once for the model and once more for each layer.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,6 @@ def convert(
     """
     if wrong := {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}:
         raise ValueError(f"a prefix of AdapterHub with {wrong} cannot be read by Inlay")
-    # Each layer repeats the tensors of the whole model's pool.
     found = {entry.rest: entry.tensor for entry in entries if entry.holder == "prefix_tunings"}
     gates = _gates([entry for entry in entries if entry.holder == "prefix_gates"], known, model)
     if beyond := sorted({name.partition(".")[0] for name in found} - {PREFIX.rstrip(".")}):
@@ -89,3 +91,56 @@ def _gates(entries: Sequence[Entry], known: Mapping[str, Place], model: nn.Modul
             raise AdapterFileError(f"{path} of the model is no self-attention that could have a gate")
         gates[f"{number}.{entry.rest}"] = entry.tensor
     return gates
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def fields_and_keys(
+    config: PrefixTuningConfig,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    name: str,
+    known: Mapping[str, Place],
+    model: nn.Module,
+    top: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return AdapterHub's fields of a prefix, and its tensors by the keys there: flat where its network is not given.
+
+    Args:
+        config: the configuration.
+        tensors: by the keys of Inlay's files.
+        state: the network that computes the prefix, empty where there is none.
+        name: the adapter's name, which is part of the keys.
+        known: every module of the bare model by its path.
+        model: the bare model.
+        top: path of the model without its head.
+
+    Raises:
+        ValueError: AdapterHub cannot say it.
+    """
+    if config.shift_positions or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            "AdapterHub's prefixes leave the positions as they are, and those of encoder-decoders sit on the encoder too: only "
+            "one with shift_positions=False, on another model, can be written for it"
+        )
+    flat = not state
+    fields = {
+        "architecture": "prefix_tuning", "bottleneck_size": 512 if flat else config.encoder_hidden_size, "cross_prefix": True,
+        "encoder_prefix": True, "flat": flat, "init_weights_seed": None, "prefix_length": config.num_virtual_tokens,
+        "shared_gating": config.shared_gating, "use_gating": config.use_gating,
+    } | FIXED  # fmt: skip
+    own = (
+        {"control_trans": tensors["prompt_embeddings"].reshape(-1)}
+        if flat
+        else {theirs: state[ours] for theirs, ours in NETWORK.items()}
+    )
+    paths = {id(place.module): path for path, place in known.items()}
+    attentions = [f"{paths[id(module)]}.prefix_tuning." for module in self_attentions(model)]
+    pools = [f"{top}prefix_tuning.", *(f"{at}pool." for at in attentions)]
+    renamed = {f"{pool}prefix_tunings.{name}.{PREFIX}{key}": t for pool in pools for key, t in own.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("prefix_gates."):
+            _, number, part = key.split(".")
+            renamed[f"{attentions[int(number)]}prefix_gates.{name}.{part}"] = tensor
+    return fields, renamed

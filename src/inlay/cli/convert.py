@@ -10,18 +10,22 @@ import transformers
 from torch import nn
 
 from inlay import PeftConfig, load_peft_weights
-from inlay.adapterhub import parts_of, write_adapterhub
+from inlay.adapterhub import parts_of, write_adapterhub, write_union
 from inlay.adapterhub.folder import describe, read_folder
+from inlay.adapterhub.load import Part
 from inlay.adapterhub.setup import SETUP_NAME, read_setup, write_setup
 from inlay.composition import names_in
 from inlay.composition.choice import is_fusion
-from inlay.files.folder import write_state, write_tensors
+from inlay.files.folder import read_state, write_state, write_tensors
 
 from .errors import UserError, told_as
 from .files import check_new, new_folder
 from .models import load_config, model_place
 from .options import Convert
 from .trained import base_of
+
+UNION = ("prefix_tuning", "bottleneck", "lora")
+"""The parts of an adapter that is several in one, in the order that AdapterHub gives them."""
 
 
 def run(options: Convert) -> None:
@@ -61,17 +65,30 @@ def _converted(adapter: Path, model: str | None, name: str | None, target: Path)
     description = describe(adapter)
     if description is not None:
         return _from_adapterhub(adapter, description, model, target)
-    if not (adapter / "adapter_config.json").is_file():
+    if (adapter / "adapter_config.json").is_file():
+        part = _part(adapter)
+        config: Any = part.config
+        usual = ",".join(config.members) if is_fusion(config) else "default"
+        write_adapterhub(
+            target, _structure_for(adapter, config, model), config, part.tensors, name or usual, part.state
+        )
+        return ["."]
+    folders = [adapter / kind for kind in UNION if (adapter / kind / "adapter_config.json").is_file()]
+    if not folders:
         raise UserError(f"{adapter} is not an adapter folder: it has no adapter_config.json")
-    base = base_of(adapter, model)
-    config: Any = PeftConfig.from_pretrained(adapter)
-    revision = config.revision if model is None else None
-    trained_on = (config.auto_mapping or {}).get("base_model_class")
-    usual = ",".join(config.members) if is_fusion(config) else "default"
-    write_adapterhub(
-        target, structure_of(base, revision, trained_on), config, load_peft_weights(adapter), name or usual
-    )
+    parts = [_part(folder) for folder in folders]
+    write_union(target, _structure_for(folders[0], parts[0].config, model), parts, name or "default")
     return ["."]
+
+
+def _part(adapter: Path) -> Part:
+    return Part(PeftConfig.from_pretrained(adapter), load_peft_weights(adapter), read_state(adapter))
+
+
+def _structure_for(adapter: Path, config: PeftConfig, model: str | None) -> nn.Module:
+    """Return an adapter's base model without weights, in the class that it was trained in."""
+    trained_on = (config.auto_mapping or {}).get("base_model_class")
+    return structure_of(base_of(adapter, model), config.revision if model is None else None, trained_on)
 
 
 def _from_adapterhub(
