@@ -157,7 +157,7 @@ def test_a_setup_beside_other_adapters(goldens: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "block"),
     [
-        ({"type": "Average", "kwargs": {"weights": [0.25, 0.75]}}, Average("a", "b", weights=[0.25, 0.75])),
+        ({"type": "Average", "kwargs": {"weights": [0.5, 1.5]}}, Average("a", "b", weights=[0.5, 1.5])),
         ({"type": "Split", "kwargs": {"splits": [3, 4]}}, Split("a", "b", splits=[3, 4])),
         ({"type": "Stack"}, None),
     ],

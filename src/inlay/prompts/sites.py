@@ -59,6 +59,7 @@ class Site:
         self.prompts, self.layer = prompts, layer
         self.biased = biased
         self.heard = _Heard()
+        self.argument = ""  # of the attention module, which names what it reads
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "heard"}
@@ -71,6 +72,7 @@ class Site:
         hooks, marks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
         present = [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]
         if on and not present:
+            self.argument = first_argument(module)
             module.register_forward_pre_hook(self.hear, with_kwargs=True)
         for key in () if on else present:
             del hooks[key]
@@ -79,7 +81,7 @@ class Site:
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the module's first input until ``live``: a hook that runs before the module."""
         if self.prompts.gated_now():
-            self.heard.value = first_input(module, first_argument(module), args, kwargs)
+            self.heard.value = first_input(module, self.argument, args, kwargs)
 
     def live(self, rows: int) -> Front | None:
         """Return what goes in front for a batch of this many rows, or None where no prefix is on."""
