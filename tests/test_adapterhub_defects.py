@@ -424,6 +424,7 @@ def test_issue_674_a_gate_leaves_the_scale_of_a_lora_as_it_is() -> None:
     made = []
     for scale in (1.0, 0.25):
         config = BottleneckConfig.preset("gated_lora", target_modules=["query", "value"], scaling=scale)
+        torch.manual_seed(0)
         model = get_peft_model(tiny("bert"), config)
         layer = shake(model).get_base_model().encoder.layer[0].attention.self.query
         x = torch.randn(2, 3, layer.base_layer.in_features, generator=torch.Generator().manual_seed(0))

@@ -48,9 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "low_rank": {"placement": "both", "reduction_factor": 32, "low_rank": 1, "non_linearity": "gelu_new", "init_weights": "bert"},
     "mindpet_adapter": {"placement": "both", "bottleneck_size": 64, "non_linearity": "gelu", "init_weights": "houlsby"},
-    "gated_lora": {
-        "parallel": True, "bottleneck_size": 8, "non_linearity": "linear", "use_gating": True, "init_weights": "lora",
-    },
+    "gated_lora": {"parallel": True, "bottleneck_size": 8, "non_linearity": "linear", "use_gating": True},
 }  # fmt: skip
 ALIASES = {
     "pfeiffer": "seq_bn",
