@@ -13,10 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterhub_goldens import Golden
-from inlay import AdapterFileError, BottleneckConfig, PeftModel, get_peft_model_state_dict
-from inlay.adapterhub import bottleneck, low_rank, write_adapterhub, write_union
+from inlay import (
+    AdapterFileError,
+    BottleneckConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from inlay.adapterhub import Part, bottleneck, low_rank, write_adapterhub, write_union
 from inlay.adapterhub.folder import describe, read_folder
-from inlay.adapterhub.load import Part
 from inlay.adapterhub.prefix import NETWORK
 from inlay.cli.main import main
 from inlay.files.disk_keys import disk_keys
@@ -286,10 +292,60 @@ def test_the_command_line_converts_several_in_one_both_ways(goldens: Path, case:
     assert all(torch.equal(back[key], original[key]) for key in original)
 
 
+def grown_bias(model: PeftModel) -> None:
+    bias = next(p for n, p in model.named_parameters() if "adapter_up" in n and n.endswith("bias"))
+    with torch.no_grad():
+        bias.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (PrefixTuningConfig(num_virtual_tokens=3), None, "leave the positions as they are"),
+        (
+            BottleneckConfig.preset("gated_lora", target_modules=["query"]),
+            grown_bias,
+            "has no bias, and .* is not zero",
+        ),
+        (
+            BottleneckConfig.preset("gated_lora", target_modules=["query"], scaling=2.0),
+            None,
+            "target_modules",
+        ),
+        (
+            BottleneckConfig.preset("gated_lora", target_modules=["attention.output.dense"]),
+            None,
+            "has no LoRA on",
+        ),
+    ],
+    ids=["positions", "bias", "scale", "place"],
+)
+def test_what_adapterhub_cannot_say_of_gates_is_not_written(
+    goldens: Path, config: Any, change: Any, message: str, tmp_path: Path
+) -> None:
+    golden = Golden(goldens / "bert" / "unipelt")
+    model = get_peft_model(golden.base(), config)
+    if change is not None:
+        change(model)
+    with pytest.raises(ValueError, match=message):
+        write_adapterhub(
+            tmp_path, golden.base(), model.peft_config["default"], get_peft_model_state_dict(model), "a"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_method_is_once_in_a_union(goldens: Path, tmp_path: Path) -> None:
+    golden = Golden(goldens / "bert" / "unipelt")
+    model = get_peft_model(golden.base(), BottleneckConfig.preset("seq_bn"))
+    twice = [Part(model.peft_config["default"], get_peft_model_state_dict(model))] * 2
+    with pytest.raises(ValueError, match="each method once"):
+        write_union(tmp_path, golden.base(), twice, "a")
+
+
 def test_the_command_line_says_what_it_cannot_write(
     tmp_path: Path, goldens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from inlay import VeraConfig, get_peft_model
+    from inlay import VeraConfig
 
     golden = Golden(goldens / "bert" / "seq_bn")
     golden.base().save_pretrained(tmp_path / "base")

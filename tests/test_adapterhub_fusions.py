@@ -243,7 +243,19 @@ def test_a_fusion_holds_layers_without_members(goldens: Path, tmp_path: Path) ->
     without_layer_0(setup, "b")
     model = PeftModel.from_pretrained(base, setup)
     assert {slot.path for slot in model.base_model.slots("a,b")} == {"bert.encoder.layer.1.output.dropout"}
-    assert logits(model, golden).isfinite().all()
+    wanted = logits(model, golden)
+    assert wanted.isfinite().all()
+    golden.base().save_pretrained(tmp_path / "base")
+    command = [
+        "convert",
+        str(setup),
+        "--model",
+        str(tmp_path / "base"),
+        "--output-dir",
+        str(tmp_path / "here"),
+    ]
+    assert main(command) == 0
+    assert torch.equal(logits(PeftModel.from_pretrained(golden.base(), tmp_path / "here"), golden), wanted)
 
 
 def parallel_members(setup: Path) -> None:

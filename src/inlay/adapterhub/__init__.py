@@ -16,7 +16,7 @@ of them are on together. Heads are not part of it. What cannot be said in the ot
 from __future__ import annotations
 
 from .folder import is_adapterhub
-from .load import parts_of
+from .load import Part, parts_of
 from .write import write_adapterhub, write_union
 
-__all__ = ["is_adapterhub", "parts_of", "write_adapterhub", "write_union"]
+__all__ = ["Part", "is_adapterhub", "parts_of", "write_adapterhub", "write_union"]

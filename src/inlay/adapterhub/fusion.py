@@ -6,6 +6,7 @@ is read, and is zero in one that is written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,35 @@ def convert(
 def members_of(description: Mapping[str, Any]) -> list[str]:
     """Return the names of a fusion's members; early files have them in the fusion's name only."""
     return list(description.get("adapter_names") or str(description["name"]).split(","))
+
+
+def where_members_sit(
+    origin: str, tensors: Mapping[str, Tensor], configs: Mapping[str, Any], paths: Mapping[str, set[str]]
+) -> dict[str, Tensor]:
+    """Leave out what a fusion of AdapterHub's holds of layers on which no member sits.
+
+    Args:
+        origin: where it was found, for messages.
+        tensors: by the keys of Inlay's files.
+        configs: the configuration of each member.
+        paths: the modules on which each member sits.
+
+    Raises:
+        ValueError: AdapterHub's fusion does with these members what Inlay's does not.
+    """
+    if parallel := [member for member, config in configs.items() if getattr(config, "parallel", False)]:
+        raise ValueError(
+            f"the fusion at {origin} has the parallel adapters {parallel} as members: AdapterHub's fusion adds the residual a "
+            "second time then, Inlay's does not"
+        )
+    path_of = {key: key.removeprefix("base_model.model.").partition(".fusion_")[0] for key in tensors}
+    sitting = Counter(path for own in paths.values() for path in own)
+    if alone := [path for path in path_of.values() if sitting[path] == 1]:
+        raise ValueError(
+            f"{origin} multiplies what a single one of its members {list(configs)} does at {alone[0]}, where the others do not "
+            "sit; Inlay's fusion leaves it as it is"
+        )
+    return {key: tensor for key, tensor in tensors.items() if sitting[path_of[key]]}
 
 
 def _ours(parts: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Tensor]:

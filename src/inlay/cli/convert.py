@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import transformers
 from torch import nn
 
 from inlay import PeftConfig, load_peft_weights
-from inlay.adapterhub import parts_of, write_adapterhub, write_union
+from inlay.adapterhub import Part, parts_of, write_adapterhub, write_union
 from inlay.adapterhub.folder import describe, read_folder
-from inlay.adapterhub.load import Part
+from inlay.adapterhub.fusion import where_members_sit
+from inlay.adapterhub.load import FUSION
 from inlay.adapterhub.setup import SETUP_NAME, read_setup, write_setup
 from inlay.composition import names_in
 from inlay.composition.choice import is_fusion
@@ -102,7 +104,10 @@ def _from_adapterhub(
     found, wanted = load_config(base, None).model_type, description.get("model_type")
     if wanted and found != wanted:
         raise UserError(f"{adapter} is for a model of type {wanted!r}, and {base} is of type {found!r}")
-    parts = parts_of(read_folder(adapter, description), structure_of(base, None, description["model_class"]))
+    structure = structure_of(base, None, description["model_class"])
+    parts = parts_of(read_folder(adapter, description), structure)
+    if FUSION in parts:
+        parts[FUSION] = _on_its_members(adapter, parts[FUSION], structure)
     names = {kind: "." if len(parts) == 1 else kind for kind in parts}
     for kind, part in parts.items():
         folder = target / names[kind]
@@ -112,6 +117,31 @@ def _from_adapterhub(
         write_tensors(folder, part.tensors)
         write_state(folder, part.state or {})
     return list(names.values())
+
+
+def _on_its_members(fusion: Path, part: Part, structure: nn.Module) -> Part:
+    """Leave out what a fusion holds of layers without members, if they are beside it, in folders of their names."""
+    members: list[str] = part.config.members  # type: ignore[attr-defined]
+    found = {member: fusion.resolve().parent / member for member in members}
+    described = {member: told for member, folder in found.items() if (told := describe(folder)) is not None}
+    if described.keys() != found.keys():
+        return part
+    own = {
+        member: parts_of(read_folder(found[member], told), structure) for member, told in described.items()
+    }
+    if any(parts.keys() != {"bottleneck"} for parts in own.values()):
+        raise UserError(
+            f"{fusion} has members {members} that are no bottleneck adapters; Inlay cannot read such a fusion"
+        )
+    configs = {member: parts["bottleneck"].config for member, parts in own.items()}
+    paths = {
+        member: {
+            key.removeprefix("base_model.model.").partition(".adapter_")[0]
+            for key in parts["bottleneck"].tensors
+        }
+        for member, parts in own.items()
+    }
+    return replace(part, tensors=where_members_sit(str(fusion), part.tensors, configs, paths))
 
 
 def structure_of(place: str, revision: str | None, class_name: str | None = None) -> nn.Module:

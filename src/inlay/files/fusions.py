@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,22 +106,12 @@ def _members(saved: SavedAdapter, name: str) -> list[str]:
 
 
 def _where_members_sit(saved: SavedAdapter, model: PeftModel) -> SavedAdapter:
-    """Leave out what a fusion holds of layers on which no member sits."""
+    from ..adapterhub.fusion import where_members_sit
+
     members: list[str] = saved.config.members  # type: ignore[attr-defined]
-    present = [member for member in members if member in model.peft_config]
-    if parallel := [member for member in present if getattr(model.peft_config[member], "parallel", False)]:
-        raise ValueError(
-            f"the fusion at {saved.origin} has the parallel adapters {parallel} as members: AdapterHub's fusion adds the "
-            "residual a second time then, Inlay's does not"
-        )
-    sitting = Counter(slot.path for member in present for slot in model.base_model.slots(member))
-    path_of = {key: key.removeprefix("base_model.model.").partition(".fusion_")[0] for key in saved.tensors}
-    if alone := [path for path in path_of.values() if sitting[path] == 1]:
-        raise ValueError(
-            f"{saved.origin} multiplies what a single one of its members {members} does at {alone[0]}, where the others do not "
-            "sit; Inlay's fusion leaves it as it is"
-        )
-    return replace(saved, tensors={key: t for key, t in saved.tensors.items() if sitting[path_of[key]]})
+    configs = {member: model.peft_config[member] for member in members if member in model.peft_config}
+    paths = {member: {slot.path for slot in model.base_model.slots(member)} for member in configs}
+    return replace(saved, tensors=where_members_sit(str(saved.origin), saved.tensors, configs, paths))
 
 
 def _place_of(member: str, origin: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
