@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,37 @@ def test_other_compositions(goldens: Path, told: dict[str, Any], block: Any, tmp
         model = PeftModel.from_pretrained(golden.base(), folder)
     assert model.base_model.switch.now().composition == block
     assert model.active_adapters == ["a", "b"]
+
+
+def test_what_a_stack_computes_otherwise_there_is_said(goldens: Path, tmp_path: Path) -> None:
+    golden, kinds = (
+        Golden(goldens / "bert" / "lora"),
+        {"a": "lora", "b": "par_bn", "c": "seq_bn", "d": "lora"},
+    )
+    for name, case in kinds.items():
+        model = PeftModel.from_pretrained(golden.base(), goldens / "bert" / case / "checkpoint_bin")
+        write_adapterhub(
+            tmp_path / name,
+            golden.base(),
+            model.peft_config["default"],
+            get_peft_model_state_dict(model),
+            name,
+        )
+
+    def warnings_of(*names: str) -> list[str]:
+        children = [{"type": "single", "children": [name]} for name in names]
+        setup = {"adapter_setup": {"type": "Stack", "children": children}}
+        (tmp_path / "adapter_setup.json").write_text(json.dumps(setup))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(golden.base(), tmp_path)
+        return [str(w.message) for w in caught if issubclass(w.category, PeftWarning)]
+
+    assert warnings_of("a", "c") == []
+    (loras,) = warnings_of("a", "d")
+    assert "feeds what one LoRA of a Stack adds into the next" in loras
+    (parallel,) = warnings_of("b", "c")
+    assert "loses the layer's output in a Stack with parallel adapters" in parallel
 
 
 def test_a_stack_upon_a_fusion(goldens: Path, tmp_path: Path) -> None:

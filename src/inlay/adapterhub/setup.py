@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..composition import Average, BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in, names_in
+from ..composition import Average, BatchSplit, Block, Child, Fuse, Parallel, Split, Stack, blocks_in
 from ..errors import AdapterFileError
 from ..files.folder import locate, write_atomically
 from .write import VERSION
@@ -56,12 +56,21 @@ def differences(tree: Child, configs: Mapping[str, Any]) -> Iterator[str]:
     blocks = list(blocks_in(tree))
     if any(isinstance(block, Average) for block in blocks):
         yield "AdapterHub divides an Average by the number of its children once more"
-    for own in [list(names_in(block)) for block in blocks if isinstance(block, Stack)]:
+    for own in [list(_in_order(block)) for block in blocks if isinstance(block, Stack)]:
         methods = [configs[name].method_name() for name in own]
         if methods.count("LORA") > 1:
             yield "AdapterHub feeds what one LoRA of a Stack adds into the next, Inlay adds them up"
         if methods.count("BOTTLENECK") > 1 and any(getattr(configs[name], "parallel", False) for name in own):
             yield "AdapterHub loses the layer's output in a Stack with parallel adapters"
+
+
+def _in_order(stack: Stack) -> Iterator[str]:
+    """Yield the adapters that act one after the other in a stack, without those in blocks of another kind."""
+    for child in stack.children:
+        if isinstance(child, Stack):
+            yield from _in_order(child)
+        elif isinstance(child, str):
+            yield child
 
 
 def _tree(told: Mapping[str, Any]) -> Child:

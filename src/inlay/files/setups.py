@@ -53,12 +53,19 @@ class SavedSetup:
 def find_saved(
     model: nn.Module, origin: str | os.PathLike[str], hub: dict[str, Any], **arguments: Any
 ) -> SavedAdapter | SavedSetup:
-    """Return what there is at a place, adapter or setup; ``arguments`` are those of ``SavedAdapter.find``."""
+    """Return what there is at a place, adapter or setup.
+
+    Args:
+        model: the bare model.
+        origin: the place.
+        hub: where on the hub, or in which folder inside.
+        **arguments: the others of ``SavedAdapter.find``. A setup has the configurations of its own adapters alone.
+    """
     try:
         return SavedAdapter.find(model, origin, kwargs=hub, **arguments)
     except ValueError:  # looked for only now: on the hub, each look is a request
         known = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS | {"subfolder"}}
-        tree = read_setup(origin, **known)
+        tree = read_setup(origin, **known) if arguments["config"] is None else None
         if tree is None:
             raise
     return SavedSetup(origin, tree, known)
