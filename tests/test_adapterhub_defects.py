@@ -222,6 +222,8 @@ def test_s1_10_every_setting_of_a_configuration_is_saved() -> None:
         assert unsaid <= {
             "runtime_config",
             "shift_positions",
+            "use_gating",
+            "shared_gating",
             "mask_fn",
             "exclude_modules",
             "target_parameters",
@@ -404,6 +406,30 @@ def test_s2_12_a_file_of_another_model_is_an_error(shared: Path) -> None:
     base = Golden(goldens / "gpt2" / "compacter").base()
     with pytest.raises(RuntimeError, match="another base model"):
         PeftModel.from_pretrained(base, goldens / "bert" / "seq_bn" / "checkpoint_safetensors")
+
+
+def test_issue_496_a_fusion_stands_anywhere_in_a_stack() -> None:
+    model, given = shake(fused()), tiny_inputs("bert")
+    model.add_adapter("c", BOTTLENECK)
+    model.set_adapter("c")
+    shake(model)
+    made = []
+    for tree in (Stack("c", Fuse("a", "b")), Stack(Fuse("a", "b"), "c"), Fuse("a", "b")):
+        model.set_adapter(tree)
+        made.append(model(**given).last_hidden_state)
+    assert not any(torch.allclose(made[i], made[i - 1], atol=1e-3) for i in range(3))
+
+
+def test_issue_674_a_gate_leaves_the_scale_of_a_lora_as_it_is() -> None:
+    made = []
+    for scale in (1.0, 0.25):
+        config = BottleneckConfig.preset("gated_lora", target_modules=["query", "value"], scaling=scale)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny("bert"), config)
+        layer = shake(model).get_base_model().encoder.layer[0].attention.self.query
+        x = torch.randn(2, 3, layer.base_layer.in_features, generator=torch.Generator().manual_seed(0))
+        made.append(layer(x) - layer.base_layer(x))
+    assert torch.allclose(made[0] * 0.25, made[1], atol=1e-5) and made[0].abs().max() > 0.1
 
 
 def test_the_list_is_whole() -> None:

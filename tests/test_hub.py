@@ -138,6 +138,21 @@ def test_a_hub_that_fails_is_told_and_nothing_is_changed(
     assert online(hub_user.load, "user/unlucky") == hub_user.output(hub_user.adapter())
 
 
+def test_a_setup_is_found_with_its_adapters(
+    hub: HubStandIn, online: Callable[..., Any], tmp_path: Path
+) -> None:
+    versions = {name: hub_user.saved(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    children = [{"type": "single", "children": [name]} for name in versions]
+    setup = {"adapter_setup": {"type": "Parallel", "children": children}}
+    files = {
+        f"inner/{name}/{file}": content for name, saved in versions.items() for file, content in saved.items()
+    }
+    hub.publish("user/setup", files | {"inner/adapter_setup.json": json.dumps(setup).encode()})
+    got = online(hub_user.load, "user/setup", subfolder="inner")
+    wanted = [row for seed in (1, 2) for row in hub_user.output(hub_user.adapter(seed))]
+    assert torch.allclose(torch.tensor(got), torch.tensor(wanted), atol=1e-6)
+
+
 def test_a_folder_comes_before_a_repository_of_its_name(
     hub: HubStandIn, tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,12 @@
-"""Blocks that more than one family of adapters is built of: a linear layer of low rank, and the bottleneck with its residual.
+"""Blocks that more than one family of adapters is built of: a linear layer of low rank, the bottleneck with its residual, a gate.
 
     low-rank linear   y = (x L) R + b           x[..., in], L[in, rank], R[rank, out], b[out]
     bottleneck        y = h + up(f(down(h)))    h[..., d], down: d -> k, f elementwise, up: k -> d
+    gate              g = mean_t sigmoid(w x_t + b)      x[batch, t, d], w[n, d], b[n], g[batch, 1, n]
 
 The bottleneck is that of Houlsby et al. 2019, https://arxiv.org/abs/1902.00751. With low-rank layers for ``down`` and ``up``
-it is the low-rank adapter that Mahabadi et al. 2021 compare with in https://arxiv.org/abs/2106.04647.
+it is the low-rank adapter that Mahabadi et al. 2021 compare with in https://arxiv.org/abs/2106.04647. The gate is that of
+UniPELT, Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 """
 
 from __future__ import annotations
@@ -94,3 +96,20 @@ def bottleneck_residual(
 ) -> Tensor:
     """Return h + up(non_linearity(down(h))), of the shape and dtype of h where ``up`` returns these."""
     return h + up(non_linearity(down(h)))
+
+
+def open_gate(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return how far a gate is open for each sample: ``g[batch, 1, n]``, between 0 and 1, for ``x[batch, t, d]``.
+
+    The mean is over all positions, padding included, as in AdapterHub; a layer does not know which positions are padding. An
+    x without positions, ``[rows, d]``, has a gate for each row.
+    """
+    g = torch.sigmoid(F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)))
+    return g.mean(-2, keepdim=True) if g.dim() > 2 else g
+
+
+@torch.no_grad()
+def start_gate(layer: nn.Linear) -> None:
+    """Give a gate its first values: half open, whatever it reads, but for a little noise."""
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)

@@ -68,6 +68,17 @@ class InputMethod:
         """
         return None
 
+    def gated(self, config: Any) -> bool:
+        """Whether ``gates`` is to be asked, which needs what the attention reads."""
+        return False
+
+    def gates(self, encoder: PromptModule, config: Any, layer: int, x: Tensor) -> Tensor:
+        """Return what a layer's virtual keys and values are multiplied by, ``[batch, 2]``.
+
+        Called where ``gated`` says so, with what the layer's attention reads, ``x[batch, t, d]``.
+        """
+        raise NotImplementedError
+
     def shift(self, config: Any) -> int:
         """Return by how much a prefix moves the positions of the model's own tokens."""
         return 0

@@ -20,6 +20,7 @@ from .files.disk_keys import prompt_network
 from .files.folder import adapter_folder, check_folder, check_whole, write_state, write_tensors
 from .files.fusions import members_loaded, model_with_fusion, with_members
 from .files.saved_adapter import SavedAdapter
+from .files.setups import SavedSetup, find_saved, load_setup, model_with_setup
 from .injection.targets import base_name
 from .injection.walk import adapted_layers
 from .method import Method
@@ -136,6 +137,8 @@ class SavedModel(nn.Module):
     ) -> PeftModel:
         """Load a saved adapter onto a base model; a fusion brings its members, which are beside it.
 
+        A setup that AdapterHub saved is loaded whole and its composition is on; see ``inlay.files.setups`` for the names.
+
         Args:
             model: the base model; it is changed in place.
             model_id: the adapter's folder, or a repository on the hub.
@@ -154,16 +157,25 @@ class SavedModel(nn.Module):
         """
         from .tasks import class_for  # only now: it is made of subclasses of this one
 
-        saved = SavedAdapter.find(
-            model, model_id, config, is_trainable, None, key_mapping, ephemeral_gpu_offload, kwargs
+        saved = find_saved(
+            model,
+            model_id,
+            kwargs,
+            config=config,
+            is_trainable=is_trainable,
+            device=None,
+            key_mapping=key_mapping,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
-        chosen = class_for(saved.config, cast("type[PeftModel]", cls))
         options = {
             "is_trainable": is_trainable,
             "autocast_adapter_dtype": autocast_adapter_dtype,
             "low_cpu_mem_usage": low_cpu_mem_usage,
             "key_mapping": key_mapping,
         }
+        if isinstance(saved, SavedSetup):
+            return model_with_setup(cast("type[PeftModel]", cls), model, adapter_name, saved, options)
+        chosen = class_for(saved.config, cast("type[PeftModel]", cls))
         if is_fusion(saved.config):
             fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, options)
             fused.set_adapter(adapter_name, inference_mode=not is_trainable)
@@ -194,7 +206,7 @@ class SavedModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load another saved adapter, or new values for one that is there. It is not active until ``set_adapter``.
+        """Load another saved adapter or setup, or new values for one that is there. Not active until ``set_adapter``.
 
         Arguments and errors are those of ``from_pretrained``.
 
@@ -202,8 +214,15 @@ class SavedModel(nn.Module):
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
         base = cast("PeftModel", self).get_base_model()
-        saved = SavedAdapter.find(
-            base, model_id, None, is_trainable, torch_device, key_mapping, ephemeral_gpu_offload, kwargs
+        saved = find_saved(
+            base,
+            model_id,
+            kwargs,
+            config=None,
+            is_trainable=is_trainable,
+            device=torch_device,
+            key_mapping=key_mapping,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
         options = {
             "is_trainable": is_trainable,
@@ -212,6 +231,9 @@ class SavedModel(nn.Module):
             "low_cpu_mem_usage": low_cpu_mem_usage,
             "key_mapping": key_mapping,
         }
+        if isinstance(saved, SavedSetup):
+            load_setup(cast("PeftModel", self), adapter_name, saved, options)
+            return IncompatibleKeys([], [])
         return self._take_in(saved, adapter_name, options, kwargs)
 
     def _take_in(
@@ -226,7 +248,7 @@ class SavedModel(nn.Module):
                 f"{saved.origin} holds several adapters, of which one would be named {taken[0]!r}, and there is one of that "
                 "name; load it by another name"
             )
-        with members_loaded(model, name, saved, hub, options):
+        with members_loaded(model, name, saved, hub, options) as saved:
             if new:
                 model.add_adapter(name, saved.config, meta, options["autocast_adapter_dtype"])
             try:

@@ -1,4 +1,4 @@
-"""The files of an AdapterHub folder: ``adapter_config.json`` and one of two files of tensors, and what their keys say."""
+"""The files of an AdapterHub folder: its description and one of two files of tensors, and what their keys say."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from ..errors import AdapterFileError
 from ..files.folder import locate, read_file
 
 SAFETENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
+FUSION_CONFIG = "adapter_fusion_config.json"
+FUSION_SAFETENSORS, FUSION_PICKLE = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"
 HOLDERS = (
     "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "refts", "prompt_tunings", "invertible_adapters",
+    "adapter_fusion_layer",
 )  # fmt: skip
 """Names of the dictionaries in which AdapterHub's modules keep what belongs to an adapter."""
 
@@ -72,14 +75,35 @@ class Folder:
 
 
 def is_adapterhub(values: Any) -> bool:
-    """Whether the values of an ``adapter_config.json`` are AdapterHub's."""
+    """Whether the values of an adapter's description are AdapterHub's."""
     return isinstance(values, dict) and isinstance(values.get("config"), dict) and "model_class" in values
 
 
-def describe(origin: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | None:
-    """Return the values of a folder's ``adapter_config.json`` if they are AdapterHub's, else None."""
+def is_fusion_there(description: Mapping[str, Any]) -> bool:
+    """Whether a description of AdapterHub's is that of a fusion."""
+    return "query_before_ln" in description["config"]
+
+
+def locate_description(origin: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the path of a folder's ``adapter_config.json``, or of an AdapterHub fusion's description.
+
+    Raises:
+        ValueError: there is neither.
+    """
     try:
-        values = json.loads(Path(locate(origin, CONFIG_NAME, **hub)).read_text(encoding="utf-8"))
+        return locate(origin, CONFIG_NAME, **hub)
+    except ValueError:
+        try:
+            return locate(origin, FUSION_CONFIG, **hub)
+        except ValueError:
+            pass
+        raise
+
+
+def describe(origin: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | None:
+    """Return a folder's description if it is AdapterHub's, else None."""
+    try:
+        values = json.loads(locate_description(origin, **hub).read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None
     return values if is_adapterhub(values) else None
@@ -96,10 +120,11 @@ def read_folder(
     Raises:
         AdapterFileError: there are none, or the file is truncated.
     """
-    for name in (SAFETENSORS, PICKLE):
+    names = (FUSION_SAFETENSORS, FUSION_PICKLE) if is_fusion_there(description) else (SAFETENSORS, PICKLE)
+    for name in names:
         try:
             path = locate(origin, name, **hub)
         except ValueError:
             continue
         return Folder(str(origin), description, read_file(path, device))
-    raise AdapterFileError(f"{origin} holds neither {SAFETENSORS} nor {PICKLE}")
+    raise AdapterFileError(f"{origin} holds neither {' nor '.join(names)}")

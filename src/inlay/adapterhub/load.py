@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place, places
-from . import bottleneck, low_rank, prefix
-from .folder import Entry, Folder
+from . import bottleneck, fusion, low_rank, prefix
+from .folder import Entry, Folder, is_fusion_there
 
 NOT_READ = {
     "refts": "ReFT",
     "prompt_tunings": "AdapterHub's prompt tuning",
-    "prefix_gates": "a gated prefix",
 }
 HOLDERS_OF = {
     "bottleneck": ("adapters", "shared_parameters", "invertible_adapters"),
     "lora": ("loras",),
-    "prefix_tuning": ("prefix_tunings",),
+    "prefix_tuning": ("prefix_tunings", "prefix_gates"),
 }
+FUSION = "fusion"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
 
 
 def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
-    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning".
+    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning"; or its one "fusion".
 
     Raises:
         ValueError: the folder holds what Inlay does not have.
@@ -43,6 +43,8 @@ def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
     """
     known = places(model)
     entries = list(folder.entries())
+    if is_fusion_there(folder.description):
+        return {FUSION: Part(*fusion.convert(folder.description, entries, known))}
     for entry in entries:
         if entry.holder in NOT_READ:
             raise ValueError(f"{folder.origin} holds {NOT_READ[entry.holder]}, which Inlay does not have")
@@ -67,7 +69,7 @@ def _converted(
     if kind == "lora":
         return Part(*low_rank.convert(told, entries, known))
     if kind == "prefix_tuning":
-        return Part(*prefix.convert(told, entries))
+        return Part(*prefix.convert(told, entries, known, model))
     config = bottleneck.config_of(told)
     return Part(
         config,

@@ -1,11 +1,15 @@
 """LoRA and (IA)3 in AdapterHub's files: there one class, told apart by ``composition_mode``; both ways.
 
+A LoRA with a gate depends on what a layer reads, so that it is no update of a weight: here it is a parallel bottleneck adapter
+without a non-linearity, its biases zero. The gate stands in place of alpha / r there.
+
 GPT-2's fused projection of queries, keys and values has a small LoRA for each of the three there. Here it is one of their
 ranks' sum, whose B has a block for each and zeros between: the same update. Trained further, the zeros may grow.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +20,13 @@ from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place
 from ..kinds import kind_of
+from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from .folder import Entry
 from .paths import own_path
 
-FIXED = {"use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None, "dtype": None}
+FIXED = {"use_dora": False, "vera_d": None, "vera_b": None, "dtype": None}
 """Fields with the only value that Inlay reads: AdapterHub's DoRA scales the bias too, and its VeRA trains whole matrices."""
 FUSED = ("q", "k", "v")
 """The order of the matrices in a fused projection."""
@@ -33,6 +38,10 @@ PLACES = {
     "output_lora": ("output.dense", "fc2", "mlp.c_proj", "wo", "lin2"),
 }
 """Where AdapterHub puts a LoRA, by the endings of modules' paths."""
+WITHOUT_EFFECT = {
+    "target_modules", "exclude_modules", "init_weights", "modules_to_save", "hidden_size", "reduction_factor",
+}  # fmt: skip
+"""Fields that say nothing about what a trained LoRA with a gate computes where it sits."""
 
 
 def convert(
@@ -49,7 +58,14 @@ def convert(
     by_path: dict[str, dict[str, Tensor]] = {}
     for entry in entries:
         by_path.setdefault(own_path(entry.at, known), {})[entry.rest] = entry.tensor
-    if told.get("composition_mode", "add") == "scale":
+    scale = told.get("composition_mode", "add") == "scale"
+    if told.get("use_gating"):
+        if scale or told.get("dropout"):
+            raise ValueError(
+                f"{'an (IA)3' if scale else 'a LoRA with dropout'} of AdapterHub with use_gating cannot be read by Inlay"
+            )
+        return _gated(told, by_path, known)
+    if scale:
         return _ia3(told, by_path, known)
     return _lora(told, by_path, known)
 
@@ -76,6 +92,25 @@ def _lora(
         rank_pattern=ranks,
         alpha_pattern={path: alpha * rank // r for path, rank in ranks.items()},
     )
+    return config, tensors
+
+
+def _gated(
+    told: Mapping[str, Any], by_path: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Place]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    for path, parts in by_path.items():
+        a, b = parts["lora_A"], parts["lora_B"]
+        if len(a) != told["r"] or len(b) != _rows(path, known):
+            raise ValueError(
+                f"a LoRA with gates on the fused projection {path} cannot be read by Inlay: it has one for each of its matrices"
+            )
+        own = {
+            "down.weight": a, "down.bias": a.new_zeros(len(a)), "up.weight": b, "up.bias": b.new_zeros(len(b)),
+            "gate.weight": parts["gate.weight"], "gate.bias": parts["gate.bias"],
+        }  # fmt: skip
+        tensors |= {f"base_model.model.{path}.adapter_{name}": tensor for name, tensor in own.items()}
+    config = BottleneckConfig.preset("gated_lora", bottleneck_size=told["r"], target_modules=list(by_path))
     return config, tensors
 
 
@@ -133,28 +168,56 @@ def fields_and_keys(
     Raises:
         ValueError: AdapterHub cannot say it.
     """
-    scale = isinstance(config, IA3Config)
-    _check_sayable(config, scale)
-    paths = {
-        key.removeprefix("base_model.model.").partition(".lora_")[0].removesuffix(".ia3_l") for key in tensors
-    }
-    where = {path: _place(path) for path in paths}
+    scale, gated = isinstance(config, IA3Config), is_gated(config)
+    if gated:
+        tensors = _without_biases(tensors)
+    else:
+        _check_sayable(config, scale)
+    r = 1 if scale else config.bottleneck_size if gated else config.r
+    where = {path: _place(path) for path in {_path_and_part(key)[0] for key in tensors}}
     matrices = [name for name in FUSED if name in where.values()]
     fields = {
         "architecture": "lora", "selfattn_lora": bool(matrices), "intermediate_lora": "intermediate_lora" in where.values(),
-        "output_lora": "output_lora" in where.values(), "leave_out": [], "r": 1 if scale else config.r,
-        "alpha": 1 if scale else config.lora_alpha, "dropout": 0.0 if scale else config.lora_dropout,
+        "output_lora": "output_lora" in where.values(), "leave_out": [], "r": r,
+        "alpha": config.lora_alpha if isinstance(config, LoraConfig) else r, "dropout": getattr(config, "lora_dropout", 0.0),
         "attn_matrices": matrices, "composition_mode": "scale" if scale else "add", "init_weights": "ia3" if scale else "lora",
-        "init_weights_seed": None,
+        "init_weights_seed": None, "use_gating": gated,
     } | FIXED  # fmt: skip
     renamed = {}
     for key, tensor in tensors.items():
-        path, _, part = key.removeprefix("base_model.model.").rpartition(".")
-        path, part = (
-            (path, "lora_B") if part == "ia3_l" else (path.rpartition(".")[0], path.rpartition(".")[2])
-        )
+        path, part = _path_and_part(key)
         renamed[f"{path}.loras.{name}.{part}"] = tensor
     return fields, renamed
+
+
+def is_gated(config: Any) -> bool:
+    """Whether a configuration is that of a LoRA with a gate, which ``convert`` makes a bottleneck adapter."""
+    if not isinstance(config, BottleneckConfig) or not config.target_modules:
+        return False
+    size, targets = config.bottleneck_size, list(config.target_modules)
+    plain = BottleneckConfig.preset("gated_lora", bottleneck_size=size, target_modules=targets)
+    free = {f.name for f in dataclasses.fields(PeftConfig)} | WITHOUT_EFFECT
+    names = [f.name for f in dataclasses.fields(config) if f.name not in free]
+    return isinstance(size, int) and all(getattr(config, name) == getattr(plain, name) for name in names)
+
+
+def _without_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    biases = (".adapter_down.bias", ".adapter_up.bias")
+    if grown := [key for key, tensor in tensors.items() if key.endswith(biases) and tensor.any()]:
+        raise ValueError(
+            f"AdapterHub's LoRA has no bias, and {grown[0]} is not zero; it cannot be written for it"
+        )
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(biases)}
+
+
+def _path_and_part(key: str) -> tuple[str, str]:
+    """Return the module that a key of Inlay's files is of, and what AdapterHub calls the tensor."""
+    path, _, part = key.removeprefix("base_model.model.").rpartition(".")
+    if part == "ia3_l":
+        return path, "lora_B"
+    path, _, column = path.rpartition(".")
+    known = {"adapter_down": "lora_A", "adapter_up": "lora_B", "adapter_gate": f"gate.{part}"}
+    return path, known.get(column, column)
 
 
 def _check_sayable(config: Any, scale: bool) -> None:

@@ -245,10 +245,17 @@ class Convert:
     Example: inlay convert adapterhub/sst-2 --model bert-base-uncased --output-dir sst-2
     """
 
-    adapter: str = option(help="an adapter folder of either format", required=True, positional=True)
+    adapter: str = option(
+        help="an adapter folder of either format, a fusion's, or an AdapterHub setup's",
+        required=True,
+        positional=True,
+    )
     output_dir: str = option(help="a new folder", required=True, group="what")
     model: str | None = option(help="the base model; default: as the adapter recorded it", group="what")
-    name: str = option("default", help="what AdapterHub is to call the adapter", group="what")
+    name: str | None = option(
+        help="what AdapterHub is to call the adapter; default: default, and of a fusion its members' names",
+        group="what",
+    )
     overwrite: bool = option(False, help="replace the output folder, once the new one is complete")
 
 

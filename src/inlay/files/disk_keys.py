@@ -4,6 +4,7 @@ in memory   base_model.model.h.0.attn.lora_A.default.weight     on disk   base_m
             base_model.model.head.modules_to_save.default.bias            base_model.model.head.bias
             base_model.model.l.lora_magnitude_vector.default.weight       base_model.model.l.lora_magnitude_vector
             prompt_encoder.default.embedding.weight                       prompt_embeddings
+            prompt_encoder.default.gates.0.weight                         prefix_gates.0.weight
             (a prompt's) base_model.model.head.modules_to_save.default.bias          base_model.head.bias
 """
 
@@ -64,6 +65,7 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     if configs[adapter_name].is_prompt_learning and prompt_network(model, adapter_name) is None:
         keys[f"prompt_encoder.{adapter_name}.embedding.weight"] = PROMPT
+    keys |= _beside_prompt(model, adapter_name)
     for path, wrapper in wrappers(bare):
         if isinstance(wrapper, AdaptedLayer) and adapter_name in wrapper.slots:
             slot = wrapper.slots[adapter_name]
@@ -82,6 +84,13 @@ def disk_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     keys |= {name: name for name in _bias_names(prefix, bare, configs[adapter_name], adapter_name)}
     outputs = _outputs(model)
     return {memory: path_in_files(disk, outputs) for memory, disk in keys.items()}
+
+
+def _beside_prompt(model: nn.Module, name: str) -> dict[str, str]:
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, AdaptedModel) or name not in base.prompts:
+        return {}
+    return {f"prompt_encoder.{name}.{n}": key for n, key in base.prompts.encoder(name).saved_beside().items()}
 
 
 def whole_embeddings(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

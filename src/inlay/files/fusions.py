@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,10 @@ def with_members(names: list[str], model: PeftModel) -> list[str]:
 @contextmanager
 def members_loaded(
     model: PeftModel, name: str, saved: SavedAdapter, hub: dict[str, Any], options: dict[str, Any]
-) -> Iterator[None]:
+) -> Iterator[SavedAdapter]:
     """Load the members that a fusion lacks, and take them out again if what is done inside fails.
+
+    Gives the adapter as it fits its members.
 
     Args:
         model: where to.
@@ -40,7 +43,7 @@ def members_loaded(
         options: passed to ``load_adapter``.
 
     Raises:
-        ValueError: a member is neither loaded nor beside the fusion.
+        ValueError: a member is neither loaded nor beside the fusion, or AdapterHub's fusion does with them what Inlay's does not.
     """
     loaded: list[str] = []
     try:
@@ -49,7 +52,7 @@ def members_loaded(
                 origin, arguments = _place_of(member, saved.origin, hub)
                 model.load_adapter(origin, member, **options, **arguments)
                 loaded.append(member)
-        yield
+        yield _where_members_sit(saved, model) if saved.everywhere else saved
     except BaseException:
         for member in loaded:
             model.delete_adapter(member)
@@ -100,6 +103,15 @@ def _members(saved: SavedAdapter, name: str) -> list[str]:
             f"the fusion at {saved.origin} has a member {name!r} itself; load it by another name, such as adapter_name='fusion'"
         )
     return list(config.members)
+
+
+def _where_members_sit(saved: SavedAdapter, model: PeftModel) -> SavedAdapter:
+    from ..adapterhub.fusion import where_members_sit
+
+    members: list[str] = saved.config.members  # type: ignore[attr-defined]
+    configs = {member: model.peft_config[member] for member in members if member in model.peft_config}
+    paths = {member: {slot.path for slot in model.base_model.slots(member)} for member in configs}
+    return replace(saved, tensors=where_members_sit(str(saved.origin), saved.tensors, configs, paths))
 
 
 def _place_of(member: str, origin: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:

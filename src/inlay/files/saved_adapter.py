@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapterhub.folder import is_adapterhub, read_folder
-from ..config import CONFIG_NAME, HUB_ARGUMENTS, PeftConfig
+from ..adapterhub.folder import is_adapterhub, locate_description, read_folder
+from ..config import HUB_ARGUMENTS, PeftConfig
 from ..errors import AdapterFileError, PeftWarning
 from .checkpoint import IncompatibleKeys, load_peft_weights, set_peft_model_state_dict
 from .disk_keys import PROMPT, WHOLE_EMBEDDING, disk_keys, first_slot, prompt_network, shared_keys, twin_paths
-from .folder import locate, read_state
+from .folder import read_state
 
 
 @dataclass
@@ -30,6 +30,7 @@ class SavedAdapter:
         hub: where on the hub, or in which folder inside: revision, subfolder, ...
         state: what its method remembers from training, where that is known already.
         others: adapters that the folder holds beside it, by what sets their names apart: the parts of an AdapterHub union.
+        everywhere: whether it is a fusion that may hold tensors of layers on which no member sits, as AdapterHub's do.
     """
 
     origin: Any
@@ -38,6 +39,7 @@ class SavedAdapter:
     hub: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Tensor] | None = None
     others: dict[str, SavedAdapter] = field(default_factory=dict)
+    everywhere: bool = False
 
     @classmethod
     def find(
@@ -55,10 +57,10 @@ class SavedAdapter:
         if ephemeral_gpu_offload:
             raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
         if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
-            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
+            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=4)
         hub = {k: v for k, v in kwargs.items() if k not in unknown}
         if config is None:
-            values = PeftConfig.from_json_file(locate(origin, CONFIG_NAME, **hub))
+            values = PeftConfig.from_json_file(locate_description(origin, **hub))
             if is_adapterhub(values):
                 if key_mapping:
                     raise ValueError(
@@ -79,11 +81,15 @@ class SavedAdapter:
         device: str | torch.device | None,
         hub: dict[str, Any],
     ) -> SavedAdapter:
-        from ..adapterhub.load import parts_of
+        from ..adapterhub.load import FUSION, parts_of
 
         parts = {
             kind: cls(
-                origin, replace(part.config, inference_mode=not is_trainable), part.tensors, state=part.state
+                origin,
+                replace(part.config, inference_mode=not is_trainable),
+                part.tensors,
+                state=part.state,
+                everywhere=kind == FUSION,
             )
             for kind, part in parts_of(read_folder(origin, description, device, **hub), model).items()
         }

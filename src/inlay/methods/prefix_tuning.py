@@ -3,10 +3,12 @@
     softmax(q [P_K; K]^T) [P_V; V]        K, V[..., heads, t, d], P_K, P_V[heads, n, d] of each layer
     P = X                                 X[n, 2 layers heads d] trained
     P = W2 tanh(W1 X + b1) + b2           with prefix_projection, X[n, heads d]; the paper's way, steadier on small data
+    g_K P_K, g_V P_V                      with use_gating: g = mean_t sigmoid(w x_t + b) of what the attention reads, x[t, hidden]
 
 On every layer of any model, encoders with a classification head too, this is P-Tuning v2 (Liu et al. 2021,
 https://arxiv.org/abs/2110.07602). It does not start as the identity: the prefix takes part of the attention even where it is
-zero (``init_weights="zero"``). The file holds P alone; the network of a projection stands in a second file beside it.
+zero (``init_weights="zero"``). The file holds P alone; the network of a projection stands in a second file beside it. Gates are
+UniPELT's, Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 Authors' code: https://github.com/XiangLi1999/PrefixTuning, https://github.com/THUDM/P-tuning-v2
 """
 
@@ -18,6 +20,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..blocks import open_gate, start_gate
 from ..config import PeftType
 from ..input_method import InputMethod
 from ..prompts.config import PromptLearningConfig, settle_common, text_config
@@ -34,6 +37,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         init_weights: None, or "zero": the prefix starts at zero.
         shift_positions: count the positions of the model's own tokens on from the prefix, as PEFT does; False leaves them as
             they are without a prefix, as AdapterHub and the papers do. PEFT cannot read the latter.
+        use_gating: multiply the prefix of each layer by a learned gate between 0 and 1, the mean over the positions of a
+            sequence, padding included. PEFT has no such prefix.
+        shared_gating: one gate for keys and values; False gives each its own.
 
     Raises:
         ValueError: ``init_weights`` is unknown.
@@ -44,6 +50,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
     init_weights: str | None = None
     shift_positions: bool = True
+    use_gating: bool = False
+    shared_gating: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,13 +62,20 @@ class PrefixTuningConfig(PromptLearningConfig):
         values = super().to_dict()
         if self.shift_positions:  # a field that PEFT does not know
             del values["shift_positions"]
+        if not self.use_gating:  # nor these
+            del values["use_gating"], values["shared_gating"]
         return values
 
 
 class PrefixEncoder(PromptModule):
-    """The virtual keys and values of one adapter, ``[n, 2 layers token_dim]``, and the network that computes them."""
+    """The virtual keys and values of one adapter, ``[n, 2 layers token_dim]``, the network that computes them, and gates.
 
-    def __init__(self, config: PrefixTuningConfig) -> None:
+    Args:
+        config: the adapter's completed configuration.
+        hidden_size: width of what the attention reads, for gates.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, hidden_size: int) -> None:
         d, out = int(config.token_dim or 0), 2 * int(config.num_layers or 0) * int(config.token_dim or 0)
         projected = config.prefix_projection and not config.inference_mode
         super().__init__(int(config.num_virtual_tokens or 0), d if projected else out)
@@ -68,6 +83,11 @@ class PrefixEncoder(PromptModule):
         if projected:
             hidden = config.encoder_hidden_size or d
             self.transform = nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, out))
+        outs = 1 if config.shared_gating else 2
+        count = int(config.num_layers or 0) if config.use_gating else 0
+        self.gates = nn.ModuleList(nn.Linear(hidden_size, outs) for _ in range(count))
+        for gate in self.gates:
+            start_gate(cast("nn.Linear", gate))
         if config.init_weights == "zero":
             last = self.transform[-1] if projected else self.embedding
             for p in last.parameters():
@@ -77,6 +97,9 @@ class PrefixEncoder(PromptModule):
     def computes(self) -> bool:
         """Whether there is a network."""
         return "transform" in self._modules
+
+    def saved_beside(self) -> dict[str, str]:
+        return {f"gates.{name}": f"prefix_gates.{name}" for name, _ in self.gates.named_parameters()}
 
     def encode(self, embedded: Tensor) -> Tensor:
         """Run the network, where there is one."""
@@ -117,7 +140,7 @@ class PrefixTuning(InputMethod, name="PREFIX_TUNING"):
             config.encoder_hidden_size = config.token_dim
 
     def build(self, model: nn.Module, config: PrefixTuningConfig) -> PrefixEncoder:
-        return PrefixEncoder(config)
+        return PrefixEncoder(config, hidden_size(text_config(model)))
 
     def prefix(self, encoder: PromptModule, config: PrefixTuningConfig, layer: int) -> tuple[Tensor, Tensor]:
         assert isinstance(encoder, PrefixEncoder)
@@ -132,6 +155,13 @@ class PrefixTuning(InputMethod, name="PREFIX_TUNING"):
         keys, values = (e.view(len(e), heads, -1).transpose(0, 1) for e in entries)
         return keys, values
 
+    def gated(self, config: PrefixTuningConfig) -> bool:
+        return config.use_gating
+
+    def gates(self, encoder: PromptModule, config: PrefixTuningConfig, layer: int, x: Tensor) -> Tensor:
+        assert isinstance(encoder, PrefixEncoder)
+        return open_gate(cast("nn.Linear", encoder.gates[layer]), x)[:, 0].expand(-1, 2)
+
     def shift(self, config: PrefixTuningConfig) -> int:
         """PEFT keeps the prefix in the cache, from whose length positions are counted."""
         return int(config.num_virtual_tokens or 0) if config.shift_positions else 0
@@ -141,12 +171,15 @@ def key_shape(told: Any) -> tuple[int, int]:
     """Return the numbers of a key, and the number of key heads, of a transformers configuration."""
     names = ("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
     heads = next(int(v) for name in names if isinstance(v := getattr(told, name, None), int))
-    hidden = next(
-        int(v) for n in ("hidden_size", "n_embd", "d_model") if isinstance(v := getattr(told, n, None), int)
-    )
     widths = (getattr(told, "head_dim", None), getattr(told, "d_kv", None))
-    width = next((int(w) for w in widths if isinstance(w, int)), hidden // heads)
+    width = next((int(w) for w in widths if isinstance(w, int)), hidden_size(told) // heads)
     groups = getattr(told, "num_key_value_heads", None)
     if getattr(told, "multi_query", False):
         groups = 1
     return width, groups if isinstance(groups, int) else heads
+
+
+def hidden_size(told: Any) -> int:
+    """Return the width of a model's hidden states, of a transformers configuration."""
+    names = ("hidden_size", "n_embd", "d_model")
+    return next(int(v) for name in names if isinstance(v := getattr(told, name, None), int))

@@ -107,6 +107,11 @@ class Splice:
                 _check_implementation(None, config)
                 config._attn_implementation = OURS[config._attn_implementation or "eager"]
 
+    def listen(self, on: bool) -> None:
+        """Keep what each attention module reads, for gates, or no more."""
+        for module in self.modules:
+            getattr(module, ATTRIBUTE).listen(module, on)
+
     def remove(self) -> None:
         """Take the sites out and give the configurations their own names back."""
         theirs = {ours: name for name, ours in OURS.items()}

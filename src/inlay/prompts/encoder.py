@@ -27,6 +27,10 @@ class PromptModule(nn.Module):
         """Whether the prompt is computed by a network, so that a file of the prompt alone is not the whole state."""
         return False
 
+    def saved_beside(self) -> dict[str, str]:
+        """Return ``{name of a parameter: its key in files}`` for what an adapter's file holds beside the prompt."""
+        return {}
+
     def encode(self, embedded: Tensor) -> Tensor:
         """Return the prompt of embedded virtual tokens ``[..., n, width]``."""
         return embedded

@@ -58,7 +58,7 @@ def active_prompt(prompts: Prompts, batch_size: int) -> Any:
     """Return what the first active prompt adapter puts in front of a batch; see ``PeftModel.get_prompt``.
 
     Raises:
-        ValueError: none is active.
+        ValueError: none is active, or it is a prefix with gates.
     """
     name = next(iter(prompts.names()), None)
     if name is None:
@@ -68,6 +68,10 @@ def active_prompt(prompts: Prompts, batch_size: int) -> Any:
     config, encoder = prompts.configs[name], prompts.encoder(name)
     if not prompts.methods[name].splices:
         return encoder.prompt().unsqueeze(0).expand(batch_size, -1, -1)
+    if prompts.gated(name):
+        raise ValueError(
+            f"the prefix {name!r} is gated by what each layer reads, so it is not known before the model runs"
+        )
     from transformers import DynamicCache
 
     cache = DynamicCache()

@@ -64,15 +64,22 @@ class Prompts:
                 self.changes = (Splice(model, self), Shift(model, self))
             self.splicing.add(name)
         self.methods[name], self.configs[name], self.encoders[name] = method, config, encoder
+        self._listen()
 
     def remove(self, name: str) -> None:
         """Take an adapter out, and with the last prefix all that was changed in the model for it."""
         del self.methods[name], self.configs[name], self.encoders[name]
         self.splicing.discard(name)
+        self._listen()
         if not self.splicing and self.changes is not None:
             for change in self.changes:
                 change.remove()
             self.changes = None
+
+    def _listen(self) -> None:
+        """Let the attention tell what it reads, if and only if a gate asks for it."""
+        if self.changes is not None:
+            self.changes[0].listen(any(self.gated(name) for name in self.splicing))
 
     def clear(self) -> None:
         """Take all adapters out."""
@@ -108,6 +115,18 @@ class Prompts:
         prefix = self.methods[name].prefix(self.encoder(name), self.configs[name], layer)
         assert prefix is not None
         return prefix
+
+    def gated(self, name: str) -> bool:
+        """Whether an adapter's prefix is multiplied by gates."""
+        return self.methods[name].gated(self.configs[name])
+
+    def gated_now(self) -> bool:
+        """Whether the prefix of an adapter that is on is."""
+        return any(self.gated(name) for name in self.names())
+
+    def gates(self, name: str, layer: int, x: Tensor) -> Tensor:
+        """Return what a layer's virtual keys and values are multiplied by, ``[batch, 2]``, given what it reads."""
+        return self.methods[name].gates(self.encoder(name), self.configs[name], layer, x)
 
     def shift_now(self) -> int | tuple[int, ...]:
         """Return by how much the prefixes that are on move positions: one number, or one for each sample of a mixed batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.rows import rows_of_each
+from ..layers.taps import first_argument, first_input
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -22,7 +24,7 @@ class Front:
     """What goes in front of keys and values in one call of an attention module.
 
     Attributes:
-        keys: ``[1 or batch, heads, n, d]``; one for all samples is expanded, never copied by itself.
+        keys: ``[1 or batch, heads, n, d]``; one for all samples is expanded, never copied by itself, unless it is gated.
         values: the same.
         allowed: ``[batch, n]``, False where a sample of a mixed batch has fewer virtual tokens; None where all are its own.
     """
@@ -41,6 +43,10 @@ class Front:
         return _joined(self.keys, key), _joined(self.values, value)
 
 
+class _Heard(threading.local):
+    value: Tensor | None = None
+
+
 class Site:
     """The place of prefixes in one attention module.
 
@@ -53,41 +59,82 @@ class Site:
     def __init__(self, prompts: Prompts, layer: int, biased: nn.Module | None) -> None:
         self.prompts, self.layer = prompts, layer
         self.biased = biased
+        self.heard = _Heard()
+        self.argument = ""  # of the attention module, which names what it reads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "heard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, heard=_Heard())
+
+    def listen(self, module: nn.Module, on: bool) -> None:
+        """Keep what the attention module reads, for gates, from now on or no more."""
+        hooks, marks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        present = [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]
+        if on and not present:
+            self.argument = first_argument(module)
+            module.register_forward_pre_hook(self.hear, with_kwargs=True)
+        for key in () if on else present:
+            del hooks[key]
+            marks.pop(key, None)
+
+    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the module's first input until ``live``: a hook that runs before the module."""
+        if self.prompts.gated_now():
+            self.heard.value = first_input(module, self.argument, args, kwargs)
 
     def live(self, rows: int) -> Front | None:
         """Return what goes in front for a batch of this many rows, or None where no prefix is on."""
+        read, self.heard.value = self.heard.value, None
         setting = self.prompts.switch.now()
         if not setting.enabled or not self.prompts.splicing:
             return None
         if setting.route is None:
             names = [n for n in setting.active if n in self.prompts.splicing]
-            return self._concatenated(names) if names else None
+            return self._concatenated(names, read) if names else None
         if not any(name in self.prompts.splicing for name in setting.route):
             return None
-        return self._mixed(setting.route, rows)
+        return self._mixed(setting.route, rows, read)
 
-    def _concatenated(self, names: list[str]) -> Front:
-        parts = [self.prompts.prefix(name, self.layer) for name in names]
-        keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-        return Front(keys.unsqueeze(0), values.unsqueeze(0), None)
+    def _own(self, name: str, read: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return an adapter's keys and values ``[1 or batch, heads, n, d]``, gated by what the attention reads."""
+        keys, values = (t.unsqueeze(0) for t in self.prompts.prefix(name, self.layer))
+        if not self.prompts.gated(name):
+            return keys, values
+        assert read is not None
+        gates = self.prompts.gates(name, self.layer, read).to(keys)[..., None, None, None]
+        return keys * gates[:, 0], values * gates[:, 1]
 
-    def _mixed(self, route: tuple[str, ...], rows: int) -> Front:
+    def _concatenated(self, names: list[str], read: Tensor | None) -> Front:
+        parts = [self._own(name, read) for name in names]
+        rows = max(len(keys) for keys, _ in parts)
+        keys, values = (
+            torch.cat([t.expand(rows, -1, -1, -1) for t in p], dim=2) if len(p) > 1 else p[0]
+            for p in zip(*parts, strict=True)
+        )
+        return Front(keys, values, None)
+
+    def _mixed(self, route: tuple[str, ...], rows: int, read: Tensor | None) -> Front:
         """Return each sample's own prefix, shorter ones filled up on the left with entries that nobody may see."""
         repeats = rows_of_each(len(route), rows, "attention")
-        own = {
-            n: self.prompts.prefix(n, self.layer) for n in dict.fromkeys(route) if n in self.prompts.splicing
-        }
-        longest = max(keys.shape[1] for keys, _ in own.values())
+        own = {n: self._own(n, read) for n in dict.fromkeys(route) if n in self.prompts.splicing}
+        longest = max(keys.shape[2] for keys, _ in own.values())
         some = next(iter(own.values()))[0]
-        nothing = some.new_zeros(some.shape[0], 0, some.shape[2])
+        nothing = some.new_zeros(1, some.shape[1], 0, some.shape[3])
         picked = [own.get(name, (nothing, nothing)) for name in route]
         keys, values = (
-            torch.stack([nn.functional.pad(p[kind], (0, 0, longest - p[kind].shape[1], 0)) for p in picked])
+            torch.cat(
+                [
+                    nn.functional.pad(_of_sample(p[kind], i, repeats), (0, 0, longest - p[kind].shape[2], 0))
+                    for i, p in enumerate(picked)
+                ]
+            )
             for kind in (0, 1)
         )
-        counts = torch.tensor([k.shape[1] for k, _ in picked], device=some.device)
+        counts = torch.tensor([k.shape[2] for k, _ in picked], device=some.device)
         allowed = torch.arange(longest, device=some.device) >= longest - counts[:, None]
-        return Front(*(t.repeat_interleave(repeats, dim=0) for t in (keys, values, allowed)))
+        return Front(keys, values, allowed.repeat_interleave(repeats, dim=0))
 
     def distances(self, tokens: int, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         """Return the learnt bias ``[1, heads, queries, tokens]`` of the virtual keys, as keys right before the first own one."""
@@ -137,6 +184,13 @@ def extended_mask(mask: Tensor | None, front: Front, key: Tensor, additive: bool
         mask = mask.expand(len(allowed), -1, -1, -1)
         left = torch.where(allowed, left, shut).expand(*mask.shape[:-1], front.tokens)
     return torch.cat([left, mask], dim=-1)
+
+
+def _of_sample(prefix: Tensor, sample: int, repeats: int) -> Tensor:
+    """Return the rows ``[repeats, heads, n, d]`` of one sample, of a prefix that is one for all or has its own rows."""
+    if len(prefix) == 1:
+        return prefix.expand(repeats, -1, -1, -1)
+    return prefix[sample * repeats : (sample + 1) * repeats]
 
 
 def _joined(front: Tensor, own: Tensor) -> Tensor:

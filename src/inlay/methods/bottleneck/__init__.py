@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...blocks import open_gate, start_gate
 from ...injection.targets import find_targets, matches
 from ...injection.walk import Place, Site
 from ...kinds import LayerKind, Output
@@ -150,8 +151,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
                     slot[name], config.phm_init_range if name == "adapter_rule" else 0.01, config.phm_c_init
                 )
         if (gate := slot.get("adapter_gate")) is not None:
-            nn.init.normal_(gate.weight, std=0.02)
-            nn.init.zeros_(gate.bias)
+            start_gate(gate)
         if (scaling := slot.get("adapter_scaling")) is not None:
             nn.init.ones_(scaling)
 
@@ -233,8 +233,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
         if slot.layer.training and config.dropout:
             z = F.dropout(z, config.dropout)
         if gate is not None:
-            open_ = torch.sigmoid(linear(gate, given))
-            z = z * (open_.mean(-2, keepdim=True) if open_.dim() > 2 else open_)
+            z = z * open_gate(gate, given)
         if slot.layer.training and config.stochastic_depth:
             kept = torch.empty(z.shape[0], *[1] * (z.dim() - 1), device=z.device, dtype=z.dtype)
             z = z * kept.bernoulli_(1 - config.stochastic_depth) / (1 - config.stochastic_depth)

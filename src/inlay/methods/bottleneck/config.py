@@ -132,8 +132,8 @@ class BottleneckConfig(PeftConfig):
 
         Args:
             name: double_seq_bn (or houlsby), seq_bn (pfeiffer), double_seq_bn_inv (houlsby+inv), seq_bn_inv (pfeiffer+inv),
-                par_bn (parallel), scaled_par_bn, compacter, compacterpp (compacter++), adapter_plus, low_rank or
-                mindpet_adapter; see ``presets.py``.
+                par_bn (parallel), scaled_par_bn, compacter, compacterpp (compacter++), adapter_plus, low_rank,
+                mindpet_adapter or gated_lora; see ``presets.py``.
             **changes: fields of the configuration.
 
         Raises:

@@ -13,9 +13,10 @@
     adapter_plus                feed-forward          for ViT; Steitz and Roth 2024                             no
     low_rank                    both                  y + f(y) of rank 1; MindPet, OpenDelta                    no
     mindpet_adapter             both                  y + f(y), bottleneck 64; MindPet                          no
+    gated_lora                  target_modules        y + g B A x: UniPELT's LoRA, g a gate; Mao et al. 2022    yes
 
-The values are those of AdapterHub (the last two: MindPet's), whose "bert" and "houlsby" values are small but not zero, so that
-a fresh adapter moves the model a little. ``init_weights="mam_adapter"`` makes any of them start as the identity.
+The values are those of AdapterHub (low_rank, mindpet_adapter: MindPet's), whose "bert" and "houlsby" values are small but not
+zero, so that a fresh adapter moves the model a little. ``init_weights="mam_adapter"`` makes any of them start as the identity.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "low_rank": {"placement": "both", "reduction_factor": 32, "low_rank": 1, "non_linearity": "gelu_new", "init_weights": "bert"},
     "mindpet_adapter": {"placement": "both", "bottleneck_size": 64, "non_linearity": "gelu", "init_weights": "houlsby"},
+    "gated_lora": {"parallel": True, "bottleneck_size": 8, "non_linearity": "linear", "use_gating": True},
 }  # fmt: skip
 ALIASES = {
     "pfeiffer": "seq_bn",
