@@ -20,7 +20,7 @@ from .files.disk_keys import prompt_network
 from .files.folder import adapter_folder, check_folder, check_whole, write_state, write_tensors
 from .files.fusions import members_loaded, model_with_fusion, with_members
 from .files.saved_adapter import SavedAdapter
-from .files.setups import SavedSetup, find_saved, load_setup, model_with_setup
+from .files.setups import SavedSetup, find_saved_adapters, load_setup, model_with_setup
 from .injection.targets import base_name
 from .injection.walk import adapted_layers
 from .method import Method
@@ -157,7 +157,7 @@ class SavedModel(nn.Module):
         """
         from .tasks import class_for  # only now: it is made of subclasses of this one
 
-        saved = find_saved(
+        saved = find_saved_adapters(
             model,
             model_id,
             kwargs,
@@ -214,7 +214,7 @@ class SavedModel(nn.Module):
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
         base = cast("PeftModel", self).get_base_model()
-        saved = find_saved(
+        saved = find_saved_adapters(
             base,
             model_id,
             kwargs,

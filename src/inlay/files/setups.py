@@ -50,7 +50,7 @@ class SavedSetup:
         return self.hub | {"subfolder": str(PurePosixPath(self.hub.get("subfolder") or "") / name)}
 
 
-def find_saved(
+def find_saved_adapters(
     model: nn.Module, origin: str | os.PathLike[str], hub: dict[str, Any], **arguments: Any
 ) -> SavedAdapter | SavedSetup:
     """Return what there is at a place, adapter or setup.
