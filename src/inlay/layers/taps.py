@@ -65,8 +65,11 @@ class Head:
     argument: str
 
 
-class _Parked(threading.local):
+class Parked(threading.local):
+    """What one thread has left for later, and what it is going on from (``sequence.py``)."""
+
     value: Any = None
+    prompt: Any = None
 
 
 class Tap:
@@ -77,7 +80,7 @@ class Tap:
 
     def __init__(self, layer: AdaptedOutput) -> None:
         self.layer = layer
-        self.parked = _Parked()
+        self.parked = Parked()
 
     def take(self) -> Any:
         """Return the value of this thread, and forget it."""
@@ -89,10 +92,11 @@ class Tap:
         self.parked.value = value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer}
+        return {key: value for key, value in self.__dict__.items() if key != "parked"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layer, self.parked = state["layer"], _Parked()
+        self.__dict__.update(state)
+        self.parked = Parked()
 
 
 class ResidualTap(Tap):
