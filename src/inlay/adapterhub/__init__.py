@@ -3,6 +3,7 @@
     folder.py       the files of a folder, and what their keys say
     bottleneck.py   bottleneck adapters, Compacter
     low_rank.py     LoRA and (IA)3
+    reft.py         ReFT
     load.py         a folder as adapters of Inlay on a model
     write.py        an adapter of Inlay as such a folder
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place, places
-from . import bottleneck, low_rank, prefix
+from . import bottleneck, low_rank, prefix, reft
 from .folder import Entry, Folder
 
 NOT_READ = {
-    "refts": "ReFT",
     "prompt_tunings": "AdapterHub's prompt tuning",
     "prefix_gates": "a gated prefix",
 }
@@ -22,6 +21,7 @@ HOLDERS_OF = {
     "bottleneck": ("adapters", "shared_parameters", "invertible_adapters"),
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings",),
+    "reft": ("refts",),
 }
 
 
@@ -35,7 +35,7 @@ class Part:
 
 
 def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
-    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning".
+    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning", "reft".
 
     Raises:
         ValueError: the folder holds what Inlay does not have.
@@ -68,6 +68,8 @@ def _converted(
         return Part(*low_rank.convert(told, entries, known))
     if kind == "prefix_tuning":
         return Part(*prefix.convert(told, entries))
+    if kind == "reft":
+        return Part(*reft.convert(told, entries, known))
     config = bottleneck.config_of(told)
     return Part(
         config,

@@ -17,7 +17,8 @@ from ..injection.walk import places
 from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
-from . import bottleneck, low_rank
+from ..methods.reft.config import ReftConfig
+from . import bottleneck, low_rank, reft
 from .folder import SAFETENSORS
 
 VERSION = "adapters.1.3.0"
@@ -54,9 +55,11 @@ def write_adapterhub(
         renamed = bottleneck.keys_for(own, config, name, known, _top(model), behind)
     elif isinstance(config, (LoraConfig, IA3Config)):
         fields, renamed = low_rank.fields_and_keys(config, own, name)
+    elif isinstance(config, ReftConfig):
+        fields, renamed = reft.fields_for(config), reft.keys_for(own, config, name)
     else:
         raise ValueError(
-            f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, LoRA and (IA)3 can"
+            f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, LoRA, (IA)3 and ReFT can"
         )
     description = {
         "config": fields, "hidden_size": width, "model_class": type(model).__name__, "model_name": base_name(model) or "",
