@@ -165,7 +165,7 @@ class Reader:
     @property
     def knows(self) -> bool:
         """Whether the module's arguments say anything."""
-        return bool(self.mask or self.alone or self.two or "past_key_values" in self.names)
+        return bool(self.mask or self.alone or self.two or self.text)
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments by their names."""
@@ -176,7 +176,7 @@ class Reader:
         if outer is None or self.alone:
             outer = Context(prompt=prompt)
         found = replace(outer, found={}, shifted=self.shifted or outer.shifted)
-        if given.get("past_key_values") is not None:
+        if self.text and given.get("past_key_values") is not None:  # inside, a block before may have filled it
             found.past = _length_of(given["past_key_values"])
         if self.answers and isinstance(labels := given.get("labels"), Tensor) and labels.dim() == 2:
             found.answers = labels != IGNORED
