@@ -187,7 +187,7 @@ def test_half_a_file_is_refused(goldens: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("case", "message"),
-    [("loreft", "ReFT, which"), ("unipelt", "a gated prefix, which"), ("dora", "use_dora")],
+    [("unipelt", "a gated prefix, which"), ("dora", "use_dora")],
 )
 def test_what_inlay_does_not_have_is_named(goldens: Path, case: str, message: str) -> None:
     golden = Golden(goldens / "bert" / case)

@@ -129,7 +129,13 @@ LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
 
 PROMPT = {"num_virtual_tokens": 16}
 
-REFT = {"target_modules": None, "r": lambda task: min(task.rank, 4), "prefix_positions": 3, "suffix_positions": 3, "dropout": 0.0}
+REFT = {
+    "target_modules": None,
+    "r": lambda task: min(task.rank, 4),
+    "prefix_positions": 3,
+    "suffix_positions": 3,
+    "dropout": 0.0,
+}
 
 STATE = 3
 """Tensors beside each trained one: its gradient and Adam's two averages."""

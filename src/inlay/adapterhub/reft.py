@@ -36,7 +36,8 @@ ONLY_THERE = {"init_weights_seed": None}
 HOLDER = ".reft_layer"
 LINEAR = ("learned_source.weight", "learned_source.bias")
 PLAIN, ORIGINAL, BASE = (
-    f"projection.{name}" for name in ("weight", "parametrizations.weight.original", "parametrizations.weight.0.base")
+    f"projection.{name}"
+    for name in ("weight", "parametrizations.weight.original", "parametrizations.weight.0.base")
 )
 
 
@@ -61,7 +62,8 @@ def convert(
             stacklevel=2,
         )
     config = ReftConfig(
-        **{name: told[name] for name in SAME_NAME if name in told}, subtract_projection=told.get(SUBTRACT, True)
+        **{name: told[name] for name in SAME_NAME if name in told},
+        subtract_projection=told.get(SUBTRACT, True),
     )
     parts: dict[str, dict[str, Tensor]] = {}
     for entry in entries:
@@ -105,7 +107,8 @@ def parametrised(original: Tensor, base: Tensor) -> Tensor:
     reflections = free.tril(-1)
     lengths = 2.0 / (1.0 + reflections.square().sum(0))
     turned = torch.linalg.householder_product(reflections, lengths) * free.diagonal().int()
-    return (base.to(free.dtype) @ turned).mT.contiguous()
+    r: Tensor = (base.to(free.dtype) @ turned).mT
+    return r.contiguous()
 
 
 # ---------------------------------------------------------------------- writing
@@ -123,7 +126,9 @@ def fields_for(config: ReftConfig) -> dict[str, Any]:
     if not config.subtract_projection and config.orthogonality:
         beyond.append("subtract_projection=False with orthogonality")
     if beyond:
-        raise ValueError(f"AdapterHub has no word for {', '.join(beyond)}; such a ReFT cannot be written for it")
+        raise ValueError(
+            f"AdapterHub has no word for {', '.join(beyond)}; such a ReFT cannot be written for it"
+        )
     fields = {name: getattr(config, name) for name in SAME_NAME}
     return {"architecture": "reft", **fields, **FIXED, **ONLY_THERE}
 
@@ -137,14 +142,15 @@ def keys_for(tensors: Mapping[str, Tensor], config: ReftConfig, name: str) -> di
         name: the adapter's name, which is part of the keys.
     """
     blocks = dict.fromkeys(key.removeprefix("base_model.model.").partition(".reft_")[0] for key in tensors)
-    units, renamed = units_of(config), {}
+    units, renamed = units_of(config), dict[str, Tensor]()
     for block in blocks:
         at = f"{block}{HOLDER}.refts.{name}.units"
         for number in range(1 if config.tied_weights else 2):
             column = units.get(number)
             some = next(iter(units.values()))
             own = {
-                part: tensors[f"base_model.model.{block}.{column or some}.{part}"] for part in (*LINEAR, PLAIN)
+                part: tensors[f"base_model.model.{block}.{column or some}.{part}"]
+                for part in (*LINEAR, PLAIN)
             }
             if column is None:
                 own = {part: torch.zeros_like(tensor) for part, tensor in own.items()}
@@ -162,4 +168,9 @@ def _written(own: dict[str, Tensor], config: ReftConfig) -> dict[str, Tensor]:
     r = orthonormal(free)
     whole, _ = torch.linalg.qr(r.mT, mode="complete")
     base = torch.cat([r.mT, whole[:, len(r) :]], dim=1).to(free.dtype)
-    return {LINEAR[0]: weight, LINEAR[1]: bias, ORIGINAL: -torch.eye(*r.shape, dtype=free.dtype), BASE: base.contiguous()}
+    return {
+        LINEAR[0]: weight,
+        LINEAR[1]: bias,
+        ORIGINAL: -torch.eye(*r.shape, dtype=free.dtype),
+        BASE: base.contiguous(),
+    }

@@ -112,7 +112,9 @@ class Positioned(Output):
         index: int | None = None,
     ) -> None:
         beside = (m for outer in around for m in outer.module._modules.values())
-        if any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (*layer.modules(), *beside)):
+        if any(
+            isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (*layer.modules(), *beside)
+        ):
             raise ValueError(
                 "an adapter of single positions needs outputs [rows, positions, d]; build the attention with batch_first=True"
             )

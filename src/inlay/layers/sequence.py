@@ -176,7 +176,9 @@ class Reader:
         if outer is None or self.alone:
             outer = Context(prompt=prompt)
         found = replace(outer, found={}, shifted=self.shifted or outer.shifted)
-        if self.text and given.get("past_key_values") is not None:  # inside, a block before may have filled it
+        if (
+            self.text and given.get("past_key_values") is not None
+        ):  # inside, a block before may have filled it
             found.past = _length_of(given["past_key_values"])
         if self.answers and isinstance(labels := given.get("labels"), Tensor) and labels.dim() == 2:
             found.answers = labels != IGNORED

@@ -7,10 +7,10 @@ h_p is what a block puts out at position p, one of the first or of the last; act
 h_p' agrees with W h_p + b in the r directions of R, and with h_p in all others. Dropout acts on h_p', as the authors have it.
 
 R is kept as r x d free numbers, whose rows are orthonormalised in each forward pass; an orthonormal R is its own. (PyTorch's
-parametrisation, which pyreft and AdapterHub use, keeps a second matrix [d, d], and its R is zero after one step of weight decay.)
-
-A fresh adapter is not the identity, as the authors' is not: W and R are drawn independently. ``init_reft_weights="identity"`` starts
-with W = R and b = 0, where it is. What is done depends on the position, so there is no weight to merge it into.
+parametrisation, which pyreft and AdapterHub use, keeps a second matrix [d, d], and its R is zero after one step of weight
+decay.) A fresh adapter is not the identity, as the authors' is not: W and R are drawn independently. It is with
+``init_reft_weights="identity"``, which starts with W = R and b = 0. What is done depends on the position, so there is no weight
+to merge it into.
 Authors' code: https://github.com/stanfordnlp/pyreft
 """
 
@@ -62,13 +62,12 @@ class Reft(Method, name="REFT"):
         """Leave ``target_modules`` open: without them, the blocks are found by their structure."""
 
     def sites(self, config: ReftConfig, model: nn.Module, known: Mapping[str, Place]) -> list[Site]:
-        if config.target_modules:
-            found = {path: (block_index(path), None) for path in find_targets(known, config)}
-        else:
-            found = _blocks(model, known, config)
+        found = _named(known, config) if config.target_modules else _blocks(model, known, config)
         numbers = {number for number, _ in found.values()}
         if config.layers != "all" and (beyond := sorted(set(config.layers) - numbers)):
-            raise ValueError(f"layers={beyond} name no blocks; there are {sorted(n for n in numbers if n is not None)}")
+            raise ValueError(
+                f"layers={beyond} name no blocks; there are {sorted(n for n in numbers if n is not None)}"
+            )
         places = {id(place.module): place for place in known.values()}
         return [
             Site(
@@ -108,7 +107,9 @@ class Reft(Method, name="REFT"):
                 continue
             nn.init.zeros_(source.bias)
             with torch.no_grad():
-                source.weight.copy_(_directions(slot, name) if config.subtract_projection else torch.zeros(()))
+                source.weight.copy_(
+                    _directions(slot, name) if config.subtract_projection else torch.zeros(())
+                )
 
     # ------------------------------------------------------------------ running
 
@@ -147,8 +148,8 @@ def orthonormal(free: Tensor) -> Tensor:
     Rows that are orthonormal stay as they are.
     """
     q, triangle = torch.linalg.qr(free.to(torch.promote_types(free.dtype, torch.float32)).mT)
-    diagonal = triangle.diagonal()
-    return (q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)).mT
+    rows: Tensor = q.mT
+    return rows * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)[:, None]
 
 
 def _changed(slot: Slot, name: str, h: Tensor, wanted: Tensor, most: int) -> Tensor:
@@ -191,16 +192,25 @@ def _directions(slot: Slot, name: str) -> Tensor:
 
 
 def _fill_orthonormal(weight: Tensor) -> None:
-    drawn = torch.randn(weight.shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    drawn = torch.randn(
+        weight.shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
     with torch.no_grad():
         weight.copy_(orthonormal(drawn))
 
 
-def _blocks(
-    model: nn.Module, known: Mapping[str, Place], config: ReftConfig
-) -> dict[str, tuple[int | None, nn.Module | None]]:
-    """Return the blocks by their paths: their numbers, and modules of their width."""
-    found = {f.path: (f.block, f.like) for f in find_sublayers(known) if f.part == "feedforward" and f.path}
+Numbered = dict[str, tuple[int | None, nn.Module | None]]
+"""Places by their paths: the numbers of their blocks, and modules of their width."""
+
+
+def _named(known: Mapping[str, Place], config: ReftConfig) -> Numbered:
+    return {path: (block_index(path), None) for path in find_targets(known, config)}
+
+
+def _blocks(model: nn.Module, known: Mapping[str, Place], config: ReftConfig) -> Numbered:
+    found: Numbered = {
+        f.path: (f.block, f.like) for f in find_sublayers(known) if f.part == "feedforward" and f.path
+    }
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no block that could be told by the names of its parts "

@@ -83,7 +83,8 @@ class ReftConfig(PeftConfig):
             )
         if self.init_reft_weights == "identity" and self.non_linearity is not None:
             raise ValueError(
-                f"init_reft_weights='identity' needs a linear W h + b, and non_linearity={self.non_linearity!r} is not; leave one out"
+                f"init_reft_weights='identity' has no meaning with non_linearity={self.non_linearity!r}: act(R h) is not R h; "
+                "leave one of them out"
             )
 
     def _check_layers(self) -> None:
