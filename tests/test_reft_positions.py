@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bottleneck_models import inputs_for, model_named
 from inlay import Average, BatchSplit, Parallel, ReftConfig, Split, get_peft_model, inject_adapter_in_model
 from test_reft import config, inputs, made
 from tiny_models import tiny
@@ -126,6 +127,19 @@ def test_padding_is_never_changed(name: str, side: str) -> None:
     real = given["attention_mask"].bool()
     assert torch.equal(found[1][~real], base[1][~real])  # what the first block puts out
     assert not torch.isclose(found[1][real], base[1][real]).all(-1).any()
+
+
+@pytest.mark.parametrize("name", ["roberta", "deberta", "gemma2", "qwen3", "neox", "bart", "opt", "distilbert", "modernbert", "albert", "bloom", "falcon", "mixtral", "phi3"])  # fmt: skip
+def test_a_padded_row_is_the_row_alone(name: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model, given = get_peft_model(model_named(name), at((3, 2, False))).eval(), inputs_for(name)
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, -2:] = 0
+    short = {key: value[:1, :-2] if key == "input_ids" else value[:1] for key, value in given.items()}
+    with torch.no_grad():
+        found, alone = model(**given, attention_mask=mask)[0][:1], model(**short)[0]
+    torch.testing.assert_close(found[:, : alone.shape[1]], alone, rtol=0, atol=2e-5)
 
 
 def test_without_a_mask_every_position_is_one() -> None:

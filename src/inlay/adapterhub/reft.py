@@ -1,7 +1,7 @@
 """ReFT in AdapterHub's files, both ways.
 
-There an adapter has two interventions at each block, or one where weights are tied, also where one has no position to act on: such
-a one is not read, and written as zeros. The orthonormal R is kept there as PyTorch's parametrisation has it::
+There an adapter has two interventions at each block, or one where weights are tied, also where one has no position to act on:
+such a one is not read, and written as zeros. The orthonormal R is kept there as PyTorch's parametrisation has it::
 
     R' = base Q(original)       base[d, d] orthogonal, Q[d, r] a product of r reflections, signs by the diagonal of original[r, d]
 
@@ -100,8 +100,8 @@ def parametrised(original: Tensor, base: Tensor) -> Tensor:
     """
     if original.shape[0] >= original.shape[1]:
         raise ValueError(
-            f"an orthogonal R of AdapterHub with r={original.shape[0]} directions of {original.shape[1]} cannot be read by Inlay; "
-            "it reads those with fewer"
+            f"an orthogonal R of AdapterHub with r={original.shape[0]} directions of {original.shape[1]} cannot be read by "
+            "Inlay; it reads those with fewer"
         )
     free = original.mT.to(torch.promote_types(original.dtype, torch.float32))
     reflections = free.tril(-1)

@@ -63,10 +63,7 @@ class AdaptedOutput(AdaptedLayer):
         where = self.kind.surroundings.context(args, kwargs) if isinstance(self.kind, Positioned) else None
         output = self.base_layer(*args, **kwargs)
         y = _first_of(output, self.base_layer)
-        if where is not None:
-            x = where.positions(y)
-        else:
-            x = y if isinstance(self.kind, Embedded) else self._input(args, kwargs)
+        x = self._input(args, kwargs, y) if where is None else where.positions(y)
         adapted = self._adapted(x, y)
         put_on_record(y, adapted)
         return _with_first(output, adapted)
@@ -94,7 +91,9 @@ class AdaptedOutput(AdaptedLayer):
             return any(name in self.slots for name in setting.route)
         return bool(self.live_slots(setting))
 
-    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        if isinstance(self.kind, Embedded):
+            return y
         if self.residual is None:
             return first_input(self.get_base_layer(), self.kind.argument, args, kwargs)
         residual = self.residual.take()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.sequence import Prompt
+from ..layers.positions import Prompt
 from .config import is_encoder_decoder
 from .inputs import embedded, later_step, prepare, put_in_front
 from .positions import cached_length
