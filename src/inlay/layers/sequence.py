@@ -124,6 +124,8 @@ class SequenceTap(Tap):
 class _SequenceEnd(Tap):
     """The forward hook that forgets it when the module returns."""
 
+    always = True
+
     def __init__(self, begin: SequenceTap) -> None:
         self.parked = Parked()
         self.begin = begin

@@ -77,6 +77,8 @@ class Tap:
 
     before: ClassVar[bool] = False
     """Whether it acts before the module that it hangs on, instead of after it."""
+    always: ClassVar[bool] = False
+    """Whether it acts after a module that has raised an exception as well."""
 
     def __init__(self, layer: AdaptedOutput) -> None:
         self.layer = layer
@@ -158,7 +160,7 @@ def set_tap(module: nn.Module, tap: Tap) -> None:
     if tap.before:
         module.register_forward_pre_hook(cast("Any", tap), with_kwargs=True)
     else:
-        module.register_forward_hook(cast("Any", tap))
+        module.register_forward_hook(cast("Any", tap), always_call=tap.always)
 
 
 def taps_on(module: nn.Module) -> list[Tap]:
@@ -177,6 +179,7 @@ def drop_tap(module: nn.Module, tap: Tap) -> None:
         for key in [key for key, hook in hooks.items() if hook is tap]:
             del hooks[key]
             marks.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def carry_taps(old: nn.Module, new: nn.Module) -> None:
