@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck_models import inputs_for, model_named
-from inlay import Average, BatchSplit, Parallel, ReftConfig, Split, get_peft_model, inject_adapter_in_model
+from inlay import (
+    Average,
+    BatchSplit,
+    Parallel,
+    PromptTuningConfig,
+    ReftConfig,
+    Split,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from test_reft import config, inputs, made
 from tiny_models import tiny
 
@@ -71,6 +80,17 @@ def test_other_caches(settings: dict[str, Any]) -> None:
     if "cache_implementation" in settings:
         settings = settings | {"disable_compile": True}
     assert torch.equal(model.generate(**given, **settings, do_sample=False, max_new_tokens=6), wanted)
+
+
+def test_beside_virtual_tokens_they_are_the_first_positions() -> None:
+    model, given = made("llama", at((3, 2, False))), prompts()
+    model.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
+    model.base_model.set_adapter(["default", "prompt"])
+    with torch.no_grad():
+        model.prompt_encoder["prompt"].embedding.weight.normal_()
+    given |= {"do_sample": False, "max_new_tokens": 6}
+    found = [model.generate(**given, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])

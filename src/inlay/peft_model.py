@@ -117,7 +117,7 @@ class PeftModel(SavedModel):
             args, kwargs = self.base_model.repeated_inputs(args, kwargs)
             if not repeated:
                 args, kwargs = prepare_generation(prompts, base, args, kwargs)
-            with going_on_from(base, lambda: given_prompt(base, args, kwargs)):
+            with going_on_from(base, lambda: given_prompt(prompts, base, args, kwargs, repeated)):
                 return base.generate(*args, **kwargs)
 
     @contextmanager

@@ -87,17 +87,28 @@ def at_every_step(prompts: Prompts, model: nn.Module, kwargs: dict[str, Any]) ->
         handle.remove()
 
 
-def given_prompt(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Prompt:
-    """Return what the arguments of ``generate`` say of the sequence that it goes on from."""
+def given_prompt(
+    prompts: Prompts, model: nn.Module, args: Any, kwargs: dict[str, Any], at_each_step: bool
+) -> Prompt:
+    """Return what the arguments of ``generate`` say of the sequence that it goes on from.
+
+    Args:
+        prompts: the model's prompt adapters.
+        model: the base model.
+        args: positional arguments, as ``prepare_generation`` returns them.
+        kwargs: named arguments.
+        at_each_step: whether virtual tokens are put in front at each step instead, see ``at_every_step``.
+    """
     given = dict(kwargs)
     if is_encoder_decoder(model):
         return Prompt(given.get("decoder_attention_mask"), None)
     ids = given.get("input_ids", args[0] if args else given.get("inputs"))
     ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    own = given.get("inputs_embeds", ids)
-    mask = given.get("attention_mask")
+    own, mask = given.get("inputs_embeds", ids), given.get("attention_mask")
     if mask is None and ids is not None:
         mask = inferred_mask(model, ids, ids, given)
+    if at_each_step and ids is not None:
+        mask = prepare(prompts, model, (), {"input_ids": ids, "attention_mask": mask})[1]["attention_mask"]
     if mask is not None:
         return Prompt(mask.bool(), mask.shape[1])
     return Prompt(None, None if own is None else own.shape[1])

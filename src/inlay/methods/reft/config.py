@@ -27,7 +27,8 @@ class ReftConfig(PeftConfig):
         prefix_positions: how many positions from a sequence's first token on are changed.
         suffix_positions: how many positions up to the last token of the prompt are changed; without a prompt (see
             docs/methods/reft.md), of the sequence. Where both meet, the suffix's intervention acts.
-        layers: numbers of the blocks that are changed, counted from 0 through the whole model, or "all".
+        layers: numbers of the blocks that are changed, or "all"; counted from 0 through the whole model, or, with
+            ``target_modules``, in each list of blocks.
         orthogonality: keep the rows of R orthonormal (LoReFT); False trains R freely (NoReFT).
         subtract_projection: replace what the rows of R read (LoReFT, NoReFT); False adds to it (DiReFT).
         tied_weights: one intervention for the first and the last positions; False gives each its own.
