@@ -179,6 +179,21 @@ def test_a_mask_that_does_not_tell_padding_is_refused() -> None:
         model.base_model.model.model.layers[0](torch.zeros(1, 2, 16))
 
 
+def test_what_a_failed_call_knew_is_forgotten() -> None:
+    model, given = made("gpt2"), inputs("gpt2", "left")
+    hook = model.base_model.model.transformer.h[1].base_layer.mlp.register_forward_hook(_fail)
+    with pytest.raises(MemoryError):
+        model(**given)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="outside of the model around it"):
+        model.base_model.model.transformer.h[0](torch.zeros(3, 6, 16))
+    assert model(**given).logits.isfinite().all()
+
+
+def _fail(*_: Any) -> None:
+    raise MemoryError
+
+
 def test_pytorchs_own_encoder() -> None:
     def built(settings: ReftConfig) -> Any:
         with torch.random.fork_rng(devices=[]):

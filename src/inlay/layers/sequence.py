@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .positions import Context, Prompt
+from .positions import IGNORED, Context, Prompt, cached_length
 from .taps import Hung, Parked, Tap, drop_tap, set_tap, taps_on
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ MASKS = {"attention_mask": False, "src_key_padding_mask": True, "tgt_key_padding
 """Names of masks of a sequence, and whether they mark padding instead of tokens."""
 TEXT = ("input_ids", "inputs_embeds")
 OTHER_INPUTS = ("pixel_values", "input_features", "input_values")
-IGNORED = -100
 
 
 class Reader:
@@ -72,10 +71,9 @@ class Reader:
         if outer is None or self.alone:
             outer = Context(prompt=prompt)
         found = replace(outer, found={}, shifted=self.shifted or outer.shifted)
-        if (
-            self.text and given.get("past_key_values") is not None
-        ):  # inside, a block before may have filled it
-            found.past = _length_of(given["past_key_values"])
+        cache = given.get("past_key_values")
+        if self.text and cache is not None:  # further inside, a block before this one may have filled it
+            found.past = cached_length(cache)
         if self.answers and isinstance(labels := given.get("labels"), Tensor) and labels.dim() == 2:
             found.answers = labels != IGNORED
         if found.prompt is not None:
@@ -230,10 +228,3 @@ def _columns(given: Mapping[str, Any], two: bool) -> int:
     names = [f"decoder_{name}" if two else name for name in ("inputs_embeds", "input_ids")]
     found = next((t for name in names if isinstance(t := given.get(name), Tensor)), None)
     return 0 if found is None else found.shape[1]
-
-
-def _length_of(cache: Any) -> Any:
-    """Return how many columns a cache holds: a number, or a tensor of one in a static cache."""
-    if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
-    return cache[0][0].shape[-2] if len(cache) and cache[0] is not None else 0
