@@ -32,6 +32,7 @@ from inlay import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ReftConfig,
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
@@ -93,6 +94,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], PeftConfig]] = {
     "(IA)3": lambda where: IA3Config(feedforward_modules=[], **where),
     "BitFit": lambda where: BitFitConfig(**where),
     "bottleneck adapters": lambda where: BottleneckConfig(bottleneck_size=2, **where),
+    "ReFT": lambda where: ReftConfig(init_reft_weights="identity", dropout=0.0, **where),
     "LayerNorm tuning": lambda where: LNTuningConfig(**where),
     "trainable tokens": lambda where: TrainableTokensConfig(token_indices=[1, 2], **where),
 }

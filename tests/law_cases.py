@@ -26,6 +26,7 @@ from inlay import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    ReftConfig,
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
@@ -376,6 +377,13 @@ ON_OUTPUTS = [
         lambda **s: BottleneckConfig(bottleneck_size=3, parallel=True, ln_before=True, ln_after=True, **s),
         _without_a_merged_form,
         lambda k: k.name in _LAST_AXIS and "embedding" not in k.name,
+        mergeable=False,
+    ),
+    MethodCase(
+        "reft",
+        lambda **s: ReftConfig(r=2, prefix_positions=1, suffix_positions=1, dropout=0.0, **s),
+        _without_a_merged_form,
+        lambda k: k.name in _LAST_AXIS - {"mha"},  # whose rows come second
         mergeable=False,
     ),
 ]

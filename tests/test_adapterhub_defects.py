@@ -29,12 +29,14 @@ from inlay import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ReftConfig,
     Split,
     Stack,
     VeraConfig,
     get_peft_model,
 )
 from inlay.method import METHODS, load_built_in
+from inlay.methods.reft import orthonormal
 from tiny_models import tiny, tiny_inputs
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -192,6 +194,14 @@ def test_s1_9_merged_ia3_minds_the_bias(name: str) -> None:
     assert torch.allclose(model(**inputs)[0], beside, atol=1e-5)
 
 
+def test_s1_10_direft_is_loaded_as_direft(tmp_path: Path) -> None:
+    model = shake(get_peft_model(tiny("bert"), ReftConfig.preset("direft")))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny("bert"), tmp_path).eval()
+    assert again.peft_config["default"].subtract_projection is False
+    assert torch.equal(again(**tiny_inputs("bert"))[0], model(**tiny_inputs("bert"))[0])
+
+
 def test_s1_10_every_setting_of_a_configuration_is_saved() -> None:
     load_built_in()
     for name, method in METHODS.items():
@@ -271,6 +281,7 @@ CONFIGS: dict[str, Any] = {
     "parallel": BottleneckConfig.preset("parallel"),
     "prefix": PREFIX,
     "prompt": PromptTuningConfig(num_virtual_tokens=4),
+    **{name: ReftConfig.preset(name, suffix_positions=2) for name in ("loreft", "noreft", "direft")},
 }
 
 
@@ -292,6 +303,33 @@ def test_s2_15_generation_is_the_same_with_and_without_cache(name: str) -> None:
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with_cache, without = (model.generate(input_ids=ids(4), use_cache=c, **options) for c in (True, False))
     assert torch.equal(with_cache, without)
+
+
+def test_s2_15_reft_keeps_what_it_trains_and_nothing_else(tmp_path: Path) -> None:
+    """AdapterHub keeps a [d, d] matrix beside each R, and an intervention without a position to act on."""
+    model = shake(get_peft_model(tiny("bert"), ReftConfig(r=1))).train()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert numbers == 2 * (16 + 1 + 16)
+    model(**tiny_inputs("bert"))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_s2_15_the_rotation_of_loreft_survives_weight_decay() -> None:
+    """PyTorch's parametrisation has its signs in numbers that weight decay makes smaller, and cuts them off to whole ones."""
+
+    def after_a_step(parameters: Any, out: Tensor) -> None:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+        out.square().sum().backward()
+        optimizer.step()
+
+    theirs = nn.utils.parametrizations.orthogonal(nn.Linear(8, 2, bias=False))
+    after_a_step(theirs.parameters(), theirs(torch.ones(3, 8)))
+    assert not theirs.weight.any()
+    ours = nn.Parameter(torch.randn(2, 8))
+    after_a_step([ours], orthonormal(ours) @ torch.ones(8))
+    torch.testing.assert_close(orthonormal(ours).norm(), torch.tensor(2.0).sqrt())
 
 
 def test_s2_17_the_inverse_is_applied_at_the_head() -> None:

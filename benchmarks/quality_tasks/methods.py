@@ -20,6 +20,7 @@ from inlay import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ReftConfig,
     ShiraConfig,
     calibrate_shira,
     get_peft_model,
@@ -118,6 +119,7 @@ FOR_ENCODERS = (
     "pfeiffer",
     "parallel",
     "compacter",
+    "reft",
     "prompt",
     "p-tuning",
     "p-tuning-v2",
@@ -126,6 +128,14 @@ FOR_ENCODERS = (
 LOW_RANK = {"r": lambda task: task.rank, "lora_alpha": lambda task: task.alpha}
 
 PROMPT = {"num_virtual_tokens": 16}
+
+REFT = {
+    "target_modules": None,
+    "r": lambda task: min(task.rank, 4),
+    "prefix_positions": 3,
+    "suffix_positions": 3,
+    "dropout": 0.0,
+}
 
 STATE = 3
 """Tensors beside each trained one: its gradient and Adam's two averages."""
@@ -148,6 +158,7 @@ METHODS: dict[str, Method] = {
     "pfeiffer": Method("bottleneck, Pfeiffer", bottleneck("pfeiffer"), rate_of="houlsby"),
     "parallel": Method("bottleneck, parallel", bottleneck("parallel", reduction_factor=8), rates="wide"),
     "compacter": Method("Compacter", bottleneck("compacter", reduction_factor=32), rates="wide"),
+    "reft": Method("LoReFT", adapter(ReftConfig, **REFT), rates="wide"),
     "prompt": Method("prompt tuning, 16 tokens", adapter(PromptTuningConfig, **PROMPT), rates="prompt"),
     "p-tuning": Method(
         "P-tuning, 16 tokens", adapter(PromptEncoderConfig, encoder_hidden_size=128, **PROMPT), rates="prompt"

@@ -40,6 +40,7 @@ _WHERE = {
     "methods.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     "methods.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     "methods.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
+    "methods.reft.config": "ReftConfig",
     "methods.shira": "ShiraConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
     "methods.vera": "VeraConfig",
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     from .methods.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from .methods.reft.config import ReftConfig as ReftConfig
     from .methods.shira import ShiraConfig as ShiraConfig
     from .methods.shira.calibration import calibrate_shira as calibrate_shira
     from .methods.shira.overlap import MaskOverlap as MaskOverlap

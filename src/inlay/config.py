@@ -40,6 +40,7 @@ class PeftType(str, Enum):
     LN_TUNING = "LN_TUNING"
     BITFIT = "BITFIT"
     BOTTLENECK = "BOTTLENECK"
+    REFT = "REFT"
     LOHA = "LOHA"
     LOKR = "LOKR"
     OFT = "OFT"

@@ -14,7 +14,8 @@ from .adapted_model import AdaptedModel
 from .composition import Child, divides_rows
 from .composition.choice import is_fusion
 from .config import PeftConfig, TaskType
-from .prompts.generation import at_every_step, prepare_generation
+from .layers.sequence import going_on_from
+from .prompts.generation import at_every_step, given_prompt, prepare_generation
 from .prompts.inputs import active_prompt, prepare
 from .saved_model import SavedModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -116,7 +117,8 @@ class PeftModel(SavedModel):
             args, kwargs = self.base_model.repeated_inputs(args, kwargs)
             if not repeated:
                 args, kwargs = prepare_generation(prompts, base, args, kwargs)
-            return base.generate(*args, **kwargs)
+            with going_on_from(base, lambda: given_prompt(prompts, base, args, kwargs, repeated)):
+                return base.generate(*args, **kwargs)
 
     @contextmanager
     def _routed(

@@ -24,6 +24,7 @@ OPTIONS: dict[str, list[Any]] = {
     "p-tuning-v2": ["--method.num-virtual-tokens", 3],
     "prefix-tuning": ["--method.num-virtual-tokens", 3, "--method.prefix-projection", "true"],
     "prompt-tuning": ["--method.num-virtual-tokens", 3, "--method.prompt-tuning-init", "SAMPLE_VOCAB"],
+    "reft": ["--method.layers", "[0]", "--method.suffix-positions", 1, "--method.orthogonality", "false"],
     "bottleneck": [
         *["--method.reduction-factor", '{"0": 4, "default": 8}', "--method.scaling", "learned"],
         *["--method.original-ln-before", "true", "--method.residual-before-ln", "post_add"],

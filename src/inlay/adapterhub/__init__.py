@@ -6,6 +6,7 @@
     prefix.py       prefix tuning
     fusion.py       fusions of bottleneck adapters
     setup.py        compositions
+    reft.py         ReFT
     load.py         a folder as adapters of Inlay on a model
     write.py        an adapter of Inlay, or several that act together, as such a folder
 

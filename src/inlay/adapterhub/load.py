@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..injection.walk import Place, places
-from . import bottleneck, fusion, low_rank, prefix
+from . import bottleneck, fusion, low_rank, prefix, reft
 from .folder import Entry, Folder, is_fusion_there
 
 NOT_READ = {
-    "refts": "ReFT",
     "prompt_tunings": "AdapterHub's prompt tuning",
 }
 HOLDERS_OF = {
     "bottleneck": ("adapters", "shared_parameters", "invertible_adapters"),
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings", "prefix_gates"),
+    "reft": ("refts",),
 }
 FUSION = "fusion"
 
@@ -35,7 +35,7 @@ class Part:
 
 
 def parts_of(folder: Folder, model: nn.Module) -> dict[str, Part]:
-    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning"; or its one "fusion".
+    """Return the parts of a folder by what they are: "bottleneck", "lora", "prefix_tuning", "reft"; or its one "fusion".
 
     Raises:
         ValueError: the folder holds what Inlay does not have.
@@ -70,6 +70,8 @@ def _converted(
         return Part(*low_rank.convert(told, entries, known))
     if kind == "prefix_tuning":
         return Part(*prefix.convert(told, entries, known, model))
+    if kind == "reft":
+        return Part(*reft.convert(told, entries, known))
     config = bottleneck.config_of(told)
     return Part(
         config,

@@ -20,7 +20,8 @@ from ..methods.fusion import FusionConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from ..methods.prefix_tuning import PrefixTuningConfig
-from . import bottleneck, fusion, low_rank, prefix
+from ..methods.reft.config import ReftConfig
+from . import bottleneck, fusion, low_rank, prefix, reft
 from .folder import FUSION_CONFIG, FUSION_SAFETENSORS, SAFETENSORS
 from .load import Part
 
@@ -98,13 +99,15 @@ def _converted(model: nn.Module, part: Part, name: str) -> tuple[dict[str, Any],
         return prefix.fields_and_keys(config, own, part.state or {}, name, known, model, _top(model))
     if isinstance(config, (LoraConfig, IA3Config)) or low_rank.is_gated(config):
         return low_rank.fields_and_keys(config, own, name)
+    if isinstance(config, ReftConfig):
+        return reft.fields_for(config), reft.keys_for(own, config, name)
     if isinstance(config, BottleneckConfig):
         behind = bottleneck.behind_embeddings(config, model, known)
         fields = bottleneck.fields_for(config, _width(model))
         return fields, bottleneck.keys_for(own, config, name, known, _top(model), behind)
     raise ValueError(
-        f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, their fusions, LoRA, (IA)3 and "
-        "prefixes can"
+        f"{type(config).__name__} cannot be written for AdapterHub; bottleneck adapters, their fusions, LoRA, (IA)3, "
+        "prefixes and ReFT can"
     )
 
 

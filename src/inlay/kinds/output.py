@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.sequence import Outer, Surroundings
 from ..layers.taps import Head, SubLayer, first_argument
 from .base import LayerKind, kind_of, layer_kind
 
@@ -87,6 +89,37 @@ class Embedded(Output):
     ) -> None:
         super().__init__(layer, "output as embeddings", like=like, width=width)
         self.head, self.in_features = head, self.out_features
+
+
+class Positioned(Output):
+    """What a block puts out, ``y[rows, positions, d]``: a place for adapters that ask where in its sequence a position is.
+
+    Args:
+        layer: the module.
+        around: the modules around it, from the outermost one on.
+        like: another module that has the width, the device and the dtype of the output.
+        width: d, where it cannot be read from the modules.
+        index: number of the block in its model.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        around: Sequence[Outer],
+        like: nn.Module | None = None,
+        width: int | None = None,
+        index: int | None = None,
+    ) -> None:
+        beside = (m for outer in around for m in outer.module._modules.values())
+        if any(
+            isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in (*layer.modules(), *beside)
+        ):
+            raise ValueError(
+                "an adapter of single positions needs outputs [rows, positions, d]; build the attention with batch_first=True"
+            )
+        super().__init__(layer, "output by position", like=like, width=width, index=index)
+        self.surroundings = Surroundings(layer, around)
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:

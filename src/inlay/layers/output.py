@@ -4,7 +4,8 @@ It is an ``AdaptedLayer`` whose adapters have no weight to change, so where othe
 
     forward              the module runs as it is; then ``after(slot, x, y)`` of each adapter that is on, one after the other,
                          additive or not: ``set_adapter(["a", "b"])`` puts b upon a. x is the residual of the sub-layer, or
-                         the module's first input where no sub-layer was found
+                         the module's first input where no sub-layer was found, or where the positions of y stand in their
+                         sequences, for adapters that ask for it (``sequence.py``)
     merge                refused: what such an adapter does is not linear
     base_matrix, delta   refused: there is no matrix
     weight, bias         those of the module inside, unchanged
@@ -27,11 +28,12 @@ from ..composition.parts import Node
 from ..composition.rows import groups_of
 from ..config import PeftConfig
 from ..kinds import Output
-from ..kinds.output import Embedded
+from ..kinds.output import Embedded, Positioned
 from ..method import Method, Slot
 from ..switch import Switch
 from .inverse import InverseTap, invertible_part
 from .layer import AdaptedLayer
+from .recorded import put_on_record
 from .taps import Hung, NormTap, Passing, ResidualTap, drop_tap, first_input, set_tap
 
 
@@ -56,23 +58,31 @@ class AdaptedOutput(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, then the adapters that the switch has on, on its output."""
-        output = self.base_layer(*args, **kwargs)
         if not self.acts():
-            return output
-        setting, y = self.setting(), _first_of(output, self.base_layer)
-        x = y if isinstance(self.kind, Embedded) else self._input(args, kwargs)
+            return self.base_layer(*args, **kwargs)
+        where = self.kind.surroundings.context(args, kwargs) if isinstance(self.kind, Positioned) else None
+        output = self.base_layer(*args, **kwargs)
+        y = _first_of(output, self.base_layer)
+        x = self._input(args, kwargs, y) if where is None else where.positions(y)
+        adapted = self._adapted(x, y)
+        put_on_record(y, adapted)
+        return _with_first(output, adapted)
+
+    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the adapters that are on make of the output."""
+        setting = self.setting()
         if self.inverse is not None and not torch.compiler.is_compiling():
             set_tap(
                 self._head(), self.inverse
             )  # the head may be another one by now: the vocabulary was resized
         if setting.route is not None:
-            return _with_first(output, self._through_rows(setting.route, x, y))
+            return self._through_rows(setting.route, x, y)
         if setting.composition is not None:
             tree: Node = setting.composition
             if isinstance(self.kind, Embedded):
                 tree = invertible_part(self, setting.composition)
-            return _with_first(output, after_composed(self, tree, x, y, self.after_norm))
-        return _with_first(output, self._through(self.live_slots(setting), x, y))
+            return after_composed(self, tree, x, y, self.after_norm)
+        return self._through(self.live_slots(setting), x, y)
 
     def acts(self) -> bool:
         """Whether an adapter of this layer is on, in this thread."""
@@ -81,7 +91,9 @@ class AdaptedOutput(AdaptedLayer):
             return any(name in self.slots for name in setting.route)
         return bool(self.live_slots(setting))
 
-    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        if isinstance(self.kind, Embedded):
+            return y
         if self.residual is None:
             return first_input(self.get_base_layer(), self.kind.argument, args, kwargs)
         residual = self.residual.take()
@@ -149,6 +161,8 @@ class AdaptedOutput(AdaptedLayer):
             set_tap(norm, self.after_norm)
         if self.inverse is not None:
             set_tap(self._head(), self.inverse)
+        if isinstance(self.kind, Positioned):
+            self.kind.surroundings.hang(self)
         return slot
 
     def remove(self, name: str) -> None:
@@ -157,13 +171,15 @@ class AdaptedOutput(AdaptedLayer):
             self.release()
 
     def release(self) -> None:
-        """Take the hooks off the sub-layer, or off the head."""
+        """Take the hooks off the sub-layer, off the head, or off the modules around."""
         if self.residual is not None and self.kind.sublayer is not None:
             drop_tap(self.kind.sublayer.entry.module, self.residual)
         if self.after_norm is not None and (norm := self.norm()) is not None:
             drop_tap(norm, self.after_norm)
         if self.inverse is not None:
             drop_tap(self._head(), self.inverse)
+        if isinstance(self.kind, Positioned):
+            self.kind.surroundings.release(self)
 
     # ------------------------------------------------------------------ what needs a weight
 

@@ -67,8 +67,11 @@ class Head:
     argument: str
 
 
-class _Parked(threading.local):
+class Parked(threading.local):
+    """What one thread has left for later, and what it is going on from (``sequence.py``)."""
+
     value: Any = None
+    prompt: Any = None
 
 
 class Tap:
@@ -76,10 +79,12 @@ class Tap:
 
     before: ClassVar[bool] = False
     """Whether it acts before the module that it hangs on, instead of after it."""
+    always: ClassVar[bool] = False
+    """Whether it acts after a module that has raised an exception as well."""
 
     def __init__(self, layer: AdaptedOutput) -> None:
         self.layer = layer
-        self.parked = _Parked()
+        self.parked = Parked()
 
     def take(self) -> Any:
         """Return the value of this thread, and forget it."""
@@ -91,10 +96,11 @@ class Tap:
         self.parked.value = value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer}
+        return {key: value for key, value in self.__dict__.items() if key != "parked"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layer, self.parked = state["layer"], _Parked()
+        self.__dict__.update(state)
+        self.parked = Parked()
 
 
 class ResidualTap(Tap):
@@ -167,7 +173,7 @@ def set_tap(module: nn.Module, tap: Tap) -> None:
     if tap.before:
         module.register_forward_pre_hook(cast("Any", tap), with_kwargs=True)
     else:
-        module.register_forward_hook(cast("Any", tap))
+        module.register_forward_hook(cast("Any", tap), always_call=tap.always)
 
 
 def taps_on(module: nn.Module) -> list[Tap]:
@@ -186,6 +192,7 @@ def drop_tap(module: nn.Module, tap: Tap) -> None:
         for key in [key for key, hook in hooks.items() if hook is tap]:
             del hooks[key]
             marks.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def carry_taps(old: nn.Module, new: nn.Module) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.positions import Prompt, cached_length
 from .config import is_encoder_decoder
 from .inputs import embedded, later_step, prepare, put_in_front
-from .positions import cached_length, check_room
+from .positions import check_room
 from .prompts import Prompts
 
 PER_TOKEN = {"inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
@@ -43,7 +44,7 @@ def prepare_generation(
     if tokens is None:
         return args, kwargs
     mask = given.get("attention_mask")
-    mask = _inferred_mask(model, ids, own, given) if mask is None else mask
+    mask = inferred_mask(model, ids, own, given) if mask is None else mask
     past = cached_length(given.get("past_key_values"))
     if isinstance(past, Tensor) or past:
         joined: dict[str, Any] = later_step(tokens, given | {"input_ids": ids, "attention_mask": mask})
@@ -87,7 +88,34 @@ def at_every_step(prompts: Prompts, model: nn.Module, kwargs: dict[str, Any]) ->
         handle.remove()
 
 
-def _inferred_mask(model: nn.Module, ids: Tensor | None, own: Tensor, given: dict[str, Any]) -> Tensor:
+def given_prompt(
+    prompts: Prompts, model: nn.Module, args: Any, kwargs: dict[str, Any], at_each_step: bool
+) -> Prompt:
+    """Return what the arguments of ``generate`` say of the sequence that it goes on from.
+
+    Args:
+        prompts: the model's prompt adapters.
+        model: the base model.
+        args: positional arguments, as ``prepare_generation`` returns them.
+        kwargs: named arguments.
+        at_each_step: whether virtual tokens are put in front at each step instead, see ``at_every_step``.
+    """
+    given = dict(kwargs)
+    if is_encoder_decoder(model):
+        return Prompt(given.get("decoder_attention_mask"), None)
+    ids = given.get("input_ids", args[0] if args else given.get("inputs"))
+    ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    own, mask = given.get("inputs_embeds", ids), given.get("attention_mask")
+    if mask is None and ids is not None:
+        mask = inferred_mask(model, ids, ids, given)
+    if at_each_step and ids is not None:
+        mask = prepare(prompts, model, (), {"input_ids": ids, "attention_mask": mask})[1]["attention_mask"]
+    if mask is not None:
+        return Prompt(mask.bool(), mask.shape[1])
+    return Prompt(None, None if own is None else own.shape[1])
+
+
+def inferred_mask(model: nn.Module, ids: Tensor | None, own: Tensor, given: dict[str, Any]) -> Tensor:
     """Return the mask that ``generate`` would infer from the ids: padding is left out, unless it also ends texts."""
     ones = own.new_ones(own.shape[:2], dtype=torch.long)
     config = given.get("generation_config") or getattr(model, "generation_config", None)

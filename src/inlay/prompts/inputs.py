@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.positions import IGNORED, cached_length
 from .config import is_encoder_decoder, word_embedding
-from .positions import cached_length, check_room, named_arguments
+from .positions import check_room, named_arguments
 from .prompts import Prompts
 from .tokens import Tokens
 
 ANSWERS = ("start_positions", "end_positions")
 """Places in the input that a question answerer is asked for: they move with it."""
-IGNORED = -100
-"""The label that transformers' losses leave out."""
 
 
 def prepare(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.positions import cached_length
 from .attention import decoder_of
 from .config import is_encoder_decoder
 
@@ -142,15 +143,6 @@ def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dic
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
     return named
-
-
-def cached_length(cache: Any) -> Any:
-    """Return how many keys a cache holds: 0 for None."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
-    return cache[0][0].shape[-2] if len(cache) and cache[0] is not None else 0
 
 
 def _moved(ids: Tensor, shift: int | tuple[int, ...]) -> Tensor:

@@ -22,6 +22,7 @@ class Found:
     """A sub-layer of a model: which part of which block, and where its points are."""
 
     block: int
+    path: str
     part: str
     exit: Place
     like: nn.Module
@@ -39,7 +40,7 @@ def find_sublayers(known: Mapping[str, Place]) -> list[Found]:
     families = {path: f for path in ("", *known) if (f := _family_of(path, known)) is not None}
     _warn_of_strangers(families, known)
     return [
-        _found(block, part, getattr(family, part), known, _prefix(path))
+        _found(block, part, getattr(family, part), known, path)
         for block, (path, family) in enumerate(families.items())
         for part in ("attention", "feedforward")
     ]
@@ -94,7 +95,8 @@ def _resolve(names: str, known: Mapping[str, Place], prefix: str) -> Place | Non
     return next((known[prefix + name] for name in names.split("|") if prefix + name in known), None)
 
 
-def _found(block: int, part: str, points: Points, known: Mapping[str, Place], prefix: str) -> Found:
+def _found(block: int, part: str, points: Points, known: Mapping[str, Place], path: str) -> Found:
+    prefix = _prefix(path)
     entry, last = (_resolve(names, known, prefix) for names in (points.entry, points.exit))
     norm = _resolve(points.norm, known, prefix) if points.norm else None
     assert entry is not None and last is not None
@@ -104,7 +106,7 @@ def _found(block: int, part: str, points: Points, known: Mapping[str, Place], pr
         first_argument(entry.module),
         None if norm is None else Hung(*norm.parents[0]),
     )
-    return Found(block, part, last, like, sublayer)
+    return Found(block, path, part, last, like, sublayer)
 
 
 def _like(last: Place, norm: Place | None, entry: Place) -> nn.Module:
