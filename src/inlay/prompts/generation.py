@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import cached_length
 from .config import is_encoder_decoder
 from .inputs import embedded, later_step, prepare, put_in_front
-from .positions import cached_length
 from .prompts import Prompts
 
 PER_TOKEN = {"inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import cached_length, named_arguments, parameters_of
 from .config import is_encoder_decoder, word_embedding
-from .positions import cached_length, named_arguments
 from .prompts import Prompts
 from .tokens import Tokens
 
@@ -49,7 +48,7 @@ def prepare(
     past = cached_length(given.get("past_key_values"))
     if isinstance(past, Tensor) or past:
         return (), later_step(tokens, given)
-    put_in_front(tokens, own, given, _fills_left(tokens, model), _takes(model, "position_ids"))
+    put_in_front(tokens, own, given, _fills_left(tokens, model), "position_ids" in parameters_of(model))
     return (), given
 
 
@@ -162,7 +161,3 @@ def _fills_left(tokens: Tokens, model: nn.Module) -> bool:
         return True
     causal = any(getattr(m, "is_causal", None) is True for m in model.modules())
     return causal or bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(type(model).forward).parameters
