@@ -42,7 +42,7 @@ BUILDERS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "qwen3": (tf.Qwen3ForCausalLM, lambda: tf.Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, head_dim=8, **_SIZES, **_ENDS)),
     "opt": (tf.OPTForCausalLM, lambda: tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=4, ffn_dim=24, max_position_embeddings=64, dropout=0.0, **_ENDS)),
     "gptj": (tf.GPTJForCausalLM, lambda: tf.GPTJConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=48, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS)),
-    "falcon": (tf.FalconForCausalLM, lambda: tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, **_ENDS)),
+    "falcon": (tf.FalconForCausalLM, lambda: tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, multi_query=False, **_ENDS)),
     "llama_classifier": (tf.LlamaForSequenceClassification, lambda: _llama(num_labels=3)),
     "bert": (tf.BertModel, _bert),
     "bert_classifier": (tf.BertForSequenceClassification, lambda: _bert(num_labels=3)),
