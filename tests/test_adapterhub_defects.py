@@ -98,7 +98,6 @@ def test_s1_2_prefixes_are_right_under_sdpa_without_padding(name: str) -> None:
     assert not torch.allclose(model(input_ids=other).logits, model(input_ids=text).logits, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # in transformers 4's own file
 def test_s1_3_modernbert_gets_no_bias_and_stays_as_it_is() -> None:
     config = tf.ModernBertConfig(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=1, **SIZES)  # fmt: skip
     base = tf.ModernBertModel(config).eval()

@@ -163,7 +163,6 @@ def test_threads_switch_for_themselves(method: str) -> None:
     assert found == {True: [True] * 10, False: [True] * 10}
 
 
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")  # the masks of transformers 4
 @pytest.mark.parametrize("model", ["llama", "t5", "falcon", "bert_classifier"])
 @pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "prefix", "prefix-projection"])
 def test_compiled_whole_it_computes_the_same(method: str, model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ def test_an_adapter_saved_by_peft_is_trained_on_where_its_file_is_all(method: st
     )
 
 
-def test_a_text_starts_a_prompt_as_in_peft(shared: Path) -> None:
-    folder = str(shared / "models" / "stories260K-llama")
+def test_a_text_starts_a_prompt_as_in_peft(with_tokenizer: Callable[[str], Path]) -> None:
+    folder = str(with_tokenizer("stories260K-llama"))
     settings = {
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": "Once upon a time",

@@ -3,7 +3,8 @@
 The modules look the function up by the name in their configuration, so a prefix needs no cache: the name is replaced by one of
 ours, whose function puts the prefix in front of keys, values and mask and calls the present one. The cache never holds the
 prefix. So what is cached equals what is not, static caches and sliding windows need no room for it, models without a cache
-(BERT, ViT) take it as well, and gradient checkpointing, which switches the cache off, finds it again.
+(BERT, ViT) take it as well, and gradient checkpointing, which switches the cache off, finds it again. Modules that call no such
+function are served by ``cache_view.py``.
 """
 
 from __future__ import annotations
