@@ -48,7 +48,9 @@ def with_tokenizer(shared: Path) -> Callable[[str], Path]:
         folder = shared / "models" / name
         made_by = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
         if not hasattr(transformers, made_by):
-            pytest.skip(f"the tokenizer of {name} is a {made_by}, unknown to transformers {transformers.__version__}")
+            pytest.skip(
+                f"the tokenizer of {name} is a {made_by}, unknown to transformers {transformers.__version__}"
+            )
         return folder
 
     return folder_of
