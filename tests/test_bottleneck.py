@@ -340,9 +340,6 @@ def test_compiled_as_one_graph(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'>"
-)  # the masks of transformers 4
 def test_a_compiled_language_model() -> None:
     model, inputs = adapted("llama", parallel=True), inputs_for("llama")
     shake(model)
