@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Read once, when the libraries are imported; subprocesses that the tests start inherit them.
@@ -35,3 +37,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real models and data at {folder}; set INLAY_SHARED to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def with_tokenizer(shared: Path) -> Callable[[str], Path]:
+    """Return the folder of a real model by its name, or skip the test if this transformers cannot read its tokenizer."""
+    import transformers
+
+    def folder_of(name: str) -> Path:
+        folder = shared / "models" / name
+        made_by = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+        if not hasattr(transformers, made_by):
+            pytest.skip(
+                f"the tokenizer of {name} is a {made_by}, unknown to transformers {transformers.__version__}"
+            )
+        return folder
+
+    return folder_of

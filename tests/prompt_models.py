@@ -35,21 +35,23 @@ def _llama(**changes: Any) -> Any:
     )
 
 
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=4, n_positions=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS)),
-    "llama": lambda: tf.LlamaForCausalLM(_llama()),
-    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, sliding_window=4, head_dim=4, **_SIZES, **_ENDS)),
-    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, head_dim=8, **_SIZES, **_ENDS)),
-    "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=4, ffn_dim=24, max_position_embeddings=64, dropout=0.0, **_ENDS)),
-    "llama_classifier": lambda: tf.LlamaForSequenceClassification(_llama(num_labels=3)),
-    "bert": lambda: tf.BertModel(_bert()),
-    "bert_classifier": lambda: tf.BertForSequenceClassification(_bert(num_labels=3)),
-    "bert_tagger": lambda: tf.BertForTokenClassification(_bert(num_labels=3)),
-    "bert_answerer": lambda: tf.BertForQuestionAnswering(_bert()),
-    "roberta_classifier": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=34, num_labels=3, type_vocab_size=1, pad_token_id=0, **_SIZES, **_NO_DROPOUT)),
-    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(image_size=8, patch_size=4, num_labels=3, **_SIZES, **_NO_DROPOUT)),
-    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)),
-    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=VOCABULARY, d_model=16, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=48, dropout=0.0, decoder_start_token_id=2, forced_eos_token_id=None, **_ENDS)),
+BUILDERS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "gpt2": (tf.GPT2LMHeadModel, lambda: tf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=4, n_positions=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS)),
+    "llama": (tf.LlamaForCausalLM, _llama),
+    "mistral": (tf.MistralForCausalLM, lambda: tf.MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, sliding_window=4, head_dim=4, **_SIZES, **_ENDS)),
+    "qwen3": (tf.Qwen3ForCausalLM, lambda: tf.Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, head_dim=8, **_SIZES, **_ENDS)),
+    "opt": (tf.OPTForCausalLM, lambda: tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=4, ffn_dim=24, max_position_embeddings=64, dropout=0.0, **_ENDS)),
+    "gptj": (tf.GPTJForCausalLM, lambda: tf.GPTJConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=48, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS)),
+    "falcon": (tf.FalconForCausalLM, lambda: tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, multi_query=False, **_ENDS)),
+    "llama_classifier": (tf.LlamaForSequenceClassification, lambda: _llama(num_labels=3)),
+    "bert": (tf.BertModel, _bert),
+    "bert_classifier": (tf.BertForSequenceClassification, lambda: _bert(num_labels=3)),
+    "bert_tagger": (tf.BertForTokenClassification, lambda: _bert(num_labels=3)),
+    "bert_answerer": (tf.BertForQuestionAnswering, _bert),
+    "roberta_classifier": (tf.RobertaForSequenceClassification, lambda: tf.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=34, num_labels=3, type_vocab_size=1, pad_token_id=0, **_SIZES, **_NO_DROPOUT)),
+    "vit": (tf.ViTForImageClassification, lambda: tf.ViTConfig(image_size=8, patch_size=4, num_labels=3, **_SIZES, **_NO_DROPOUT)),
+    "t5": (tf.T5ForConditionalGeneration, lambda: tf.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)),
+    "bart": (tf.BartForConditionalGeneration, lambda: tf.BartConfig(vocab_size=VOCABULARY, d_model=16, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=48, dropout=0.0, decoder_start_token_id=2, forced_eos_token_id=None, **_ENDS)),
 }  # fmt: skip
 
 TASKS = {
@@ -70,21 +72,23 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The class and the fields of a configuration of each method, in either library."""
 PREFIXES = ("prefix", "prefix-projection")
-CAUSAL = ("gpt2", "llama", "mistral", "qwen3", "opt")
+CAUSAL = ("gpt2", "llama", "mistral", "qwen3", "opt", "gptj", "falcon")
 
 
 def build(name: str, attention: str = "sdpa", **changes: Any) -> Any:
     """Return a model in eval mode, the same values at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = BUILDERS[name]()
+        cls, config = BUILDERS[name][0], BUILDERS[name][1]()
+        # Some models choose their attention once, when they are made, and not all have the one of torch.
+        config._attn_implementation = attention if cls._supports_sdpa else "eager"
+        model: Any = cls(config)
         with torch.no_grad():
             for (
                 p
             ) in model.parameters():  # transformers starts with numbers so small that a fault would not show
                 if p.dim() > 1 and p.std() < 0.05:
                     p.mul_(10.0)
-    model.set_attn_implementation(attention)
     for key, value in changes.items():
         setattr(model.config, key, value)
     return model.eval()

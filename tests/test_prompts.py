@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.methods.prefix_tuning import PrefixTuning
+from inlay.prompts.attention import goes_through_interface
 from inlay.switch import BASE
 from prompt_models import (
     BUILDERS,
@@ -50,14 +51,15 @@ def test_the_prompt_changes_the_output_and_off_is_the_base_bit_for_bit(method: s
     with adapter.disable_adapter():
         assert torch.equal(output(adapter(**given)), wanted)
     attention = base.config._attn_implementation
+    through_interface = any(map(goes_through_interface, base.modules()))
     assert (adapter.get_base_model().config._attn_implementation != attention) == (
-        method in PREFIXES and model not in ("t5",)
+        method in PREFIXES and model not in ("t5",) and through_interface
     )
     bare = adapter.unload()
     assert torch.equal(output(bare(**given)), wanted)
     assert bare.config._attn_implementation == attention
     assert not any("inlay" in key for module in bare.modules() for key in vars(module))
-    assert not any(module._forward_pre_hooks for module in bare.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in bare.modules())
 
 
 @pytest.mark.parametrize("padding", ["", "left", "right"])
@@ -322,6 +324,54 @@ def test_without_the_shift_it_is_adapterhubs_prefix_tuning(shared: Any, family: 
         torch.testing.assert_close(
             y[mask.bool()], wanted[f"{kind}.logits"][mask.bool()], atol=5e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"multi_query": True},
+        {"multi_query": False},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ],
+    ids=["one key head", "as many as heads", "two, repeated"],
+)
+def test_steps_of_a_falcon_compute_what_one_pass_does(keys: dict[str, Any]) -> None:
+    base = tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **keys)
+    )
+    adapter = inlay.get_peft_model(base, configuration(inlay, "prefix", "falcon")).eval()
+    give_values(adapter)
+    ids = inputs("falcon")["input_ids"]
+    whole = adapter(input_ids=ids).logits
+    with adapter.disable_adapter():
+        assert not torch.allclose(adapter(input_ids=ids).logits, whole, atol=1e-3)
+    first = adapter(input_ids=ids[:, :4], use_cache=True)
+    second = adapter(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    close(torch.cat([first.logits, second.logits], dim=1), whole)
+
+
+def test_positions_of_virtual_keys_count_in_t5_only_where_they_are_asked_for() -> None:
+    def turned(shift: bool) -> tuple[Tensor, Tensor]:
+        adapter, given = adapted(inlay, "prefix", "t5", shift_positions=shift), inputs("t5")
+        before = output(adapter(**given))
+        weight = adapter.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            weight.copy_(weight.flip(0))
+        return before, output(adapter(**given))
+
+    close(*turned(shift=False))  # keys without a place have no order
+    one, other = turned(shift=True)
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_attention_that_never_asks_for_keys_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapted(inlay, "prefix", "gptj")
+    attention = type(adapter.get_base_model().transformer.h[0].attn)
+    monkeypatch.setattr(attention, "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
+    with pytest.raises(RuntimeError, match="GPTJAttention did not ask its cache for keys"):
+        adapter(**inputs("gptj"))
+    with adapter.disable_adapter():
+        adapter(**inputs("gptj"))
 
 
 def test_the_count_of_p_tuning_v2_on_the_shape_of_glm2_6b() -> None:

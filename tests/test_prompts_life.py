@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import subprocess
 import sys
 import threading
@@ -309,6 +310,14 @@ def test_configurations_that_cannot_be_are_refused(config: str, fields: dict[str
         getattr(inlay, config)(num_virtual_tokens=2, **fields)
 
 
+SCORED_OTHERWISE: list[tuple[Any, str]] = [
+    (lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2)), "BloomAttention"),
+    (lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True)), "FalconAttention"),
+    (lambda: tf.GPTNeoForCausalLM(tf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])), "GPTNeoAttention"),
+]  # fmt: skip
+"""Models whose attention does not score keys by queries and a mask alone: ALiBi, windows of their own."""
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_models_that_cannot_take_a_prompt_say_so(method: str) -> None:
     config = configuration(inlay, method, "llama", task_type=None)
@@ -317,15 +326,15 @@ def test_models_that_cannot_take_a_prompt_say_so(method: str) -> None:
     with pytest.raises(ValueError, match="cannot be injected"):
         inlay.inject_adapter_in_model(config, build("llama"))
     if method in PREFIXES:
-        bloom = tf.BloomForCausalLM(
-            tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2)
-        )
-        with pytest.raises(ValueError, match="BloomAttention does not"):
-            inlay.get_peft_model(bloom, config)
-        flexible = build("llama")
-        flexible.config._attn_implementation = "flex_attention"
-        with pytest.raises(ValueError, match="flex_attention"):
-            inlay.get_peft_model(flexible, config)
+        for base, name in SCORED_OTHERWISE:
+            with pytest.raises(ValueError, match=f"{name} takes it neither"):
+                inlay.get_peft_model(base(), config)
+        for model, other in itertools.product(("llama", "falcon"), ("flex_attention", "flash_attention_2")):
+            base = build(model)
+            base.config._attn_implementation = other
+            with pytest.raises(ValueError, match=f'{other}.*attn_implementation="sdpa"'):
+                inlay.get_peft_model(base, config)
+            assert not any("inlay" in key for module in base.modules() for key in vars(module))
     else:
         with pytest.raises(ValueError, match="has no word embedding"):
             inlay.get_peft_model(build("vit"), config)

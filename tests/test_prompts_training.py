@@ -38,7 +38,7 @@ def gradients(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@pytest.mark.parametrize("model", ["gpt2", "llama", "mistral", "bert_classifier", "t5"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "mistral", "gptj", "bert_classifier", "t5"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_checkpointing_computes_the_same_gradients(method: str, model: str, reentrant: bool) -> None:
     adapter, given = adapted(inlay, method, model).train(), inputs(model, labels=True)
@@ -163,7 +163,7 @@ def test_threads_switch_for_themselves(method: str) -> None:
     assert found == {True: [True] * 10, False: [True] * 10}
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
+@pytest.mark.parametrize("model", ["llama", "t5", "falcon"])
 @pytest.mark.parametrize("method", ["prompt-tuning", "p-tuning", "prefix", "prefix-projection"])
 def test_compiled_whole_it_computes_the_same(method: str, model: str) -> None:
     adapter, given = adapted(inlay, method, model), inputs(model) | {"use_cache": False}

@@ -169,6 +169,8 @@ def inlay(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     from inlay.cli.main import main
 
     def run(*words: Any) -> str:
+        # transformers 4 keeps the precision of one command here for the next of the same process.
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         code = main([str(word) for word in words])
         captured = capsys.readouterr()
         assert code == 0, captured.err

@@ -16,8 +16,9 @@ Words = Callable[..., list[Any]]
 
 @pytest.mark.slow
 def test_a_model_that_sorts_learns_to_sort_the_other_way(
-    shared: Path, tmp_path: Path, inlay: Run, training: Words
+    with_tokenizer: Callable[[str], Path], tmp_path: Path, inlay: Run, training: Words
 ) -> None:
+    model = with_tokenizer("gpt-nano-sort-gpt2")
     letters = ["".join(word) for word in itertools.product("ABC", repeat=5)]
     rows = [{"prompt": word, "response": "".join(sorted(word, reverse=True))} for word in letters]
     for name, part in (("dev", rows[::5]), ("train", [row for n, row in enumerate(rows) if n % 5])):
@@ -32,7 +33,7 @@ def test_a_model_that_sorts_learns_to_sort_the_other_way(
         "--epochs",
         40,
     ]
-    model, dev = shared / "models" / "gpt-nano-sort-gpt2", tmp_path / "dev.jsonl"
+    dev = tmp_path / "dev.jsonl"
     inlay(*training(model, "causal-lm", tmp_path / "train.jsonl", *how, dev=dev))
     evaluate = ["evaluate", "--data", dev, "--generate", "--max-new-tokens", 5]
     result = json.loads(inlay(*evaluate, "--adapter", tmp_path / "out" / "adapter"))
@@ -40,9 +41,12 @@ def test_a_model_that_sorts_learns_to_sort_the_other_way(
 
 
 @pytest.mark.slow
-def test_the_pretrained_weights_are_used(shared: Path, tmp_path: Path, inlay: Run, training: Words) -> None:
+def test_the_pretrained_weights_are_used(
+    shared: Path, with_tokenizer: Callable[[str], Path], tmp_path: Path, inlay: Run, training: Words
+) -> None:
     import gzip
 
+    model = with_tokenizer("stories260K-llama")
     source = shared / "data" / "gen" / "e2e_nlg"
     for name, count in (("train", 480), ("dev", 100)):
         lines = gzip.decompress((source / f"{name}.jsonl.gz").read_bytes()).split(b"\n")
@@ -57,7 +61,7 @@ def test_the_pretrained_weights_are_used(shared: Path, tmp_path: Path, inlay: Ru
         "--method.target-modules",
         "all-linear",
     ]
-    model, dev = shared / "models" / "stories260K-llama", tmp_path / "dev.jsonl"
+    dev = tmp_path / "dev.jsonl"
     inlay(*training(model, "causal-lm", tmp_path / "train.jsonl", *how, dev=dev))
     loss = json.loads((tmp_path / "out" / "metrics.json").read_text())["eval"]["loss"]
     assert loss < 2.0, "3.98 untrained; no random base comes below 5 in so few steps"

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import inlay
@@ -34,8 +36,15 @@ class CrossCase:
     config: str = "LoraConfig"
 
     def base(self) -> Any:
-        """Return the bare model."""
-        return tiny(self.model) if self.model in BUILDERS else build(self.model, torch.float32)
+        """Return the bare model. Skips the test where this release of transformers builds it without the parameters named."""
+        model = tiny(self.model) if self.model in BUILDERS else build(self.model, torch.float32)
+        there = [name for name, _ in model.named_parameters()]
+        for wanted in self.settings.get("target_parameters", ()):
+            if not any(name.endswith(wanted) for name in there):
+                pytest.skip(
+                    f"{type(model).__name__} of transformers {tf.__version__} has no parameter {wanted}"
+                )
+        return model
 
     def run(self, model: nn.Module, **kwargs: Any) -> Tensor:
         """Return what a model computes for the case's inputs. PyTorch's native encoder is off: with it PEFT ignores adapters."""

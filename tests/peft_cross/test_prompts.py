@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 import inlay
@@ -28,6 +30,8 @@ from prompt_models import (
 MODELS = [*CAUSAL, *TASKS]
 CUT_OFF = {(method, "mistral") for method in PREFIXES}
 """PEFT's prefix stands in the cache, where a sliding window that is shorter than the text loses it. Ours stays in sight."""
+NO_HEAD_THERE = {(method, "roberta_classifier") for method in PREFIXES}
+"""With transformers 4 PEFT hands the cache to this model's head in place of the features."""
 PAIRS = [
     (method, model)
     for method in METHODS
@@ -40,10 +44,21 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def adapted_there(method: str, model: str) -> Any:
+    """Return PEFT's model, or skip the test where it fails by itself."""
+    theirs = adapted(peft, method, model)
+    if (method, model) in NO_HEAD_THERE:
+        try:
+            theirs(**inputs(model))
+        except TypeError as error:
+            pytest.skip(f"PEFT's {method} fails on {model} with transformers {tf.__version__}: {error}")
+    return theirs
+
+
 @pytest.mark.parametrize("padding", ["", "right", "left"])
 @pytest.mark.parametrize(("method", "model"), PAIRS)
 def test_names_logits_and_gradients_are_those_of_peft(method: str, model: str, padding: str) -> None:
-    mine, theirs = adapted(inlay, method, model), adapted(peft, method, model)
+    mine, theirs = adapted(inlay, method, model), adapted_there(method, model)
     trained = {n: p for n, p in mine.named_parameters() if p.requires_grad and n.startswith("prompt_encoder")}
     wanted = {
         n: p for n, p in theirs.named_parameters() if p.requires_grad and n.startswith("prompt_encoder")
@@ -64,7 +79,7 @@ def test_names_logits_and_gradients_are_those_of_peft(method: str, model: str, p
 )
 def test_losses_are_those_of_peft(method: str, model: str) -> None:
     given = inputs(model, labels=True)
-    mine, theirs = (adapted(library, method, model)(**given).loss for library in (inlay, peft))
+    mine, theirs = adapted(inlay, method, model)(**given).loss, adapted_there(method, model)(**given).loss
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -75,12 +90,19 @@ def test_generated_ids_are_those_of_peft(method: str, model: str) -> None:
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     mine, theirs = (adapted(library, method, model) for library in (inlay, peft))
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-    assert torch.equal(mine.generate(**given, **asked), theirs.generate(**given, **asked))
+    wanted = theirs.generate(**given, **asked)
+    if method in PREFIXES and model in ("t5", "bart"):
+        # With transformers 4 PEFT's generation is not that of its own forward passes, so these are the measure.
+        wanted = wanted[:, :1]
+        for _ in range(8):
+            logits = theirs(**given, decoder_input_ids=wanted).logits
+            wanted = torch.cat([wanted, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(mine.generate(**given, **asked), wanted)
 
 
 @pytest.mark.parametrize(("method", "model"), PAIRS)
 def test_files_load_in_either_library(method: str, model: str, tmp_path: Path) -> None:
-    mine, theirs = adapted(inlay, method, model), adapted(peft, method, model)
+    mine, theirs = adapted(inlay, method, model), adapted_there(method, model)
     given = inputs(model)
     mine.save_pretrained(tmp_path / "mine")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -165,8 +187,8 @@ def test_an_adapter_saved_by_peft_is_trained_on_where_its_file_is_all(method: st
     )
 
 
-def test_a_text_starts_a_prompt_as_in_peft(shared: Path) -> None:
-    folder = str(shared / "models" / "stories260K-llama")
+def test_a_text_starts_a_prompt_as_in_peft(with_tokenizer: Callable[[str], Path]) -> None:
+    folder = str(with_tokenizer("stories260K-llama"))
     settings = {
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": "Once upon a time",

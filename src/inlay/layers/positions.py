@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label that transformers' losses leave out."""
-
 
 @dataclass
 class Prompt:
@@ -115,12 +112,3 @@ class Context:
         asked = (count - answers.long() if self.shifted else count) == 0
         given = (asked & (real if real.shape[1] == length else real.expand(-1, length))).sum(1)
         return torch.where(given == 0, tokens, given)
-
-
-def cached_length(cache: Any) -> Any:
-    """Return how many columns a cache holds: 0 for None, a tensor of one number in a static cache."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
-    return cache[0][0].shape[-2] if len(cache) and cache[0] is not None else 0

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .positions import IGNORED, Context, Prompt, cached_length
+from ..arguments import IGNORED, cached_length
+from .positions import Context, Prompt
 from .taps import Hung, Parked, Tap, drop_tap, set_tap, taps_on
 
 if TYPE_CHECKING:

@@ -174,8 +174,8 @@ def key_shape(told: Any) -> tuple[int, int]:
     widths = (getattr(told, "head_dim", None), getattr(told, "d_kv", None))
     width = next((int(w) for w in widths if isinstance(w, int)), hidden_size(told) // heads)
     groups = getattr(told, "num_key_value_heads", None)
-    if getattr(told, "multi_query", False):
-        groups = 1
+    if getattr(told, "multi_query", False) and not getattr(told, "new_decoder_architecture", False):
+        groups = 1  # the new architecture of Falcon repeats its keys for all heads before it keeps them
     return width, groups if isinstance(groups, int) else heads
 
 

@@ -3,12 +3,12 @@
 The modules look the function up by the name in their configuration, so a prefix needs no cache: the name is replaced by one of
 ours, whose function puts the prefix in front of keys, values and mask and calls the present one. The cache never holds the
 prefix. So what is cached equals what is not, static caches and sliding windows need no room for it, models without a cache
-(BERT, ViT) take it as well, and gradient checkpointing, which switches the cache off, finds it again.
+(BERT, ViT) take it as well, and gradient checkpointing, which switches the cache off, finds it again. Modules that call no such
+function are served by ``cache_view.py``.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import names_in_forward
+from .cache_view import CacheHooks, can_view
 from .sites import ATTRIBUTE, Site, extended_mask
 
 if TYPE_CHECKING:
@@ -40,25 +42,27 @@ def self_attentions(model: nn.Module) -> list[nn.Module]:
     """Return the self-attention modules that take a prefix, in order: the decoder's, of a model that has one.
 
     Raises:
-        ValueError: there are none, or their attention does not go through transformers' interface.
+        ValueError: there are none.
     """
     root = decoder_of(model)
-    found = [
-        m
-        for path, m in root.named_modules()
-        if INTERFACE in _names_in_forward(m)
-        and not _is_cross(path, m)
-        and getattr(m, "config", None) is not None
-    ]
+    own = [m for path, m in root.named_modules() if not _is_cross(path, m)]
+    found = [m for m in own if goes_through_interface(m) and getattr(m, "config", None) is not None]
+    found = found or [m for m in own if can_view(m, getattr(root, "config", None))]
     if not found:
         classes = sorted(
             {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
         )
         raise ValueError(
-            f"{type(model).__name__} has no self-attention that goes through transformers' attention interface"
-            f"{f' ({classes[0]} does not)' if classes else ''}, so no prefix can be set in; use prompt tuning or LoRA"
+            f"{type(model).__name__} has no self-attention that a prefix can be set into"
+            f"{f': {classes[0]} takes it neither at an attention function of transformers nor in a cache' if classes else ''}"
+            "; use prompt tuning or LoRA"
         )
     return found
+
+
+def goes_through_interface(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up in transformers' table."""
+    return INTERFACE in names_in_forward(module)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -67,13 +71,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) else model
 
 
-def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code is not None else ()
-
-
 def _is_cross(path: str, module: nn.Module) -> bool:
-    name = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+    name = f"{'.'.join(path.split('.')[-2:])} {type(module).__name__}".lower()
     return bool(getattr(module, "is_cross_attention", False)) or any(
         word in name for word in ("cross", "encoder_attn", "encdec")
     )
@@ -83,18 +82,23 @@ class Splice:
     """What is changed in a model so that its attention asks for prefixes; ``remove`` changes it back."""
 
     def __init__(self, model: nn.Module, prompts: Prompts) -> None:
-        self.modules = self_attentions(model)
+        modules = self_attentions(model)
+        self.modules = modules if goes_through_interface(modules[0]) else []
+        self.root = decoder_of(model)
         # Buckets of distances, as in T5, are learnt by the first layer alone, and shared by the others.
-        biased = next((m for m in self.modules if getattr(m, "has_relative_attention_bias", False)), None)
+        biased = next((m for m in modules if getattr(m, "has_relative_attention_bias", False)), None)
         for config in self._configs():
             _check_implementation(model, config)
         register()
-        for index, module in enumerate(self.modules):
-            setattr(module, ATTRIBUTE, Site(prompts, index, biased))
+        sites = [Site(prompts, index, biased) for index in range(len(modules))]
+        for module, site in zip(self.modules, sites, strict=False):
+            setattr(module, ATTRIBUTE, site)
+        self.hooks = [] if self.modules else list(map(CacheHooks, modules, sites))
         self.engage()
 
     def _configs(self) -> Iterator[Any]:
-        yield from {id(m.config): m.config for m in self.modules}.values()
+        owners = self.modules or [self.root]
+        yield from {id(m.config): m.config for m in owners}.values()
 
     def engage(self) -> None:
         """Put our names into the configurations, again where somebody has chosen another implementation since.
@@ -105,7 +109,8 @@ class Splice:
         for config in self._configs():
             if config._attn_implementation not in OURS.values():
                 _check_implementation(None, config)
-                config._attn_implementation = OURS[config._attn_implementation or "eager"]
+                if self.modules:
+                    config._attn_implementation = OURS[config._attn_implementation or "eager"]
 
     def listen(self, on: bool) -> None:
         """Keep what each attention module reads, for gates, or no more."""
@@ -113,10 +118,12 @@ class Splice:
             getattr(module, ATTRIBUTE).listen(module, on)
 
     def remove(self) -> None:
-        """Take the sites out and give the configurations their own names back."""
+        """Take the sites and hooks out and give the configurations their own names back."""
         theirs = {ours: name for name, ours in OURS.items()}
         for module in self.modules:
             delattr(module, ATTRIBUTE)
+        for hook in self.hooks:
+            hook.remove()
         for config in self._configs():
             config._attn_implementation = theirs.get(config._attn_implementation, config._attn_implementation)
 
@@ -131,7 +138,8 @@ def _check_implementation(model: nn.Module | None, config: Any) -> None:
     if name not in OURS and name not in OURS.values():
         raise ValueError(
             f"prefix tuning cannot be set into attn_implementation={name!r}"
-            f"{f' of {type(model).__name__}' if model is not None else ''}; load the model with one of {sorted(OURS)}"
+            f"{f' of {type(model).__name__}' if model is not None else ''}; load the model with "
+            'attn_implementation="sdpa" (or "eager"), or call model.set_attn_implementation("sdpa")'
         )
 
 
@@ -151,7 +159,7 @@ def _sdpa(
             key, value = key[:, :, :length], value[:, :, :length]
             mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
         kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
-        mask = extended_mask(mask, front, key)
+        mask = extended_mask(mask, front, key.shape[2], key)
         key, value = front.before(key, value)
         kwargs["is_causal"] = False  # the mask says it all
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
@@ -164,7 +172,7 @@ def _eager(
     front = site.live(query.shape[0]) if site is not None else None
     if front is not None and site is not None:
         kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
-        mask = extended_mask(mask, front, key, additive=True)
+        mask = extended_mask(mask, front, key.shape[2], key, additive=True)
         key, value = front.before(key, value)
     return _own_eager(type(module))(module, query, key, value, mask, **kwargs)
 

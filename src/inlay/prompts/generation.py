@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.positions import Prompt, cached_length
+from ..arguments import cached_length
+from ..layers.positions import Prompt
 from .config import is_encoder_decoder
 from .inputs import embedded, later_step, prepare, put_in_front
 from .positions import check_room

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.positions import IGNORED, cached_length
+from ..arguments import IGNORED, cached_length, named_arguments, parameters_of
 from .config import is_encoder_decoder, word_embedding
-from .positions import check_room, named_arguments
+from .positions import check_room
 from .prompts import Prompts
 from .tokens import Tokens
 
@@ -49,7 +48,7 @@ def prepare(
     if isinstance(past, Tensor) or past:
         return (), later_step(tokens, given)
     check_room(model, tokens.count, own.shape[1])
-    put_in_front(tokens, own, given, _fills_left(tokens, model), _takes(model, "position_ids"))
+    put_in_front(tokens, own, given, _fills_left(tokens, model), "position_ids" in parameters_of(model))
     return (), given
 
 
@@ -167,7 +166,3 @@ def _fills_left(tokens: Tokens, model: nn.Module) -> bool:
         return True
     causal = any(getattr(m, "is_causal", None) is True for m in model.modules())
     return causal or bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(type(model).forward).parameters

@@ -6,13 +6,13 @@ Where a module is told how many keys are cached (``past_key_values_length``: BER
 
 from __future__ import annotations
 
-import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.positions import cached_length
+from ..arguments import cached_length, named_arguments, parameters_of
 from .attention import decoder_of
 from .config import is_encoder_decoder
 
@@ -26,6 +26,7 @@ MARGIN = 2
 """Rows of such a table that some models do not use."""
 OWN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
 """What tells a module how many tokens there are, where it is told."""
+COUNTING = "create_position_ids_from_input_ids"
 
 
 class Shift:
@@ -33,14 +34,14 @@ class Shift:
 
     def __init__(self, model: nn.Module, prompts: Prompts) -> None:
         self.prompts = prompts
-        told = [m for m in decoder_of(model).modules() if PAST in _parameters(m)]
+        told = [m for m in decoder_of(model).modules() if PAST in parameters_of(m)]
         self.handles = [m.register_forward_pre_hook(self.in_embeddings, with_kwargs=True) for m in told]
         start = "decoder_" if is_encoder_decoder(model) else ""
         self.ids, self.inputs = (
             f"{start}position_ids",
             (f"{start}input_ids", f"{start}inputs_embeds", "labels"),
         )
-        takes_ids = not told and self.ids in _parameters(model)
+        takes_ids = not told and self.ids in parameters_of(model)
         self.handles.append(
             model.register_forward_pre_hook(self.in_model if takes_ids else self.engage, with_kwargs=True)
         )
@@ -129,22 +130,6 @@ def _most(shift: int | tuple[int, ...]) -> int:
     return shift if isinstance(shift, int) else max(shift)
 
 
-def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a call of a module by name.
-
-    Raises:
-        TypeError: there are more positional arguments than the module takes.
-    """
-    if not args:
-        return dict(kwargs)
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    named = dict(bound.arguments)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return named
-
-
 def _moved(ids: Tensor, shift: int | tuple[int, ...]) -> Tensor:
     if isinstance(shift, int):
         moved = ids + shift
@@ -157,12 +142,10 @@ def _moved(ids: Tensor, shift: int | tuple[int, ...]) -> Tensor:
 def _counted(module: nn.Module, given: dict[str, Any]) -> Tensor:
     """Return the positions that a module would count, without any prefix."""
     ids, past = given.get("input_ids"), given.get(PAST, 0)
-    counting = getattr(module, "create_position_ids_from_input_ids", None)
-    if counting is not None and ids is not None:  # RoBERTa counts from its padding token on, and only words
+    # RoBERTa counts from its padding token on, and only words: by a method of the class, or a function beside it.
+    places = (module, sys.modules.get(type(module).__module__))
+    counting = next((f for place in places if (f := getattr(place, COUNTING, None)) is not None), None)
+    if counting is not None and ids is not None:
         return counting(ids, module.padding_idx, past)  # type: ignore[no-any-return]
     tensor = ids if ids is not None else given["inputs_embeds"]
     return torch.arange(past, past + tensor.shape[1], device=tensor.device).unsqueeze(0)
-
-
-def _parameters(module: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(type(module).forward).parameters)

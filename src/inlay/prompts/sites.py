@@ -153,21 +153,23 @@ class Site:
         return bias
 
 
-def extended_mask(mask: Tensor | None, front: Front, key: Tensor, additive: bool = False) -> Tensor | None:
+def extended_mask(
+    mask: Tensor | None, front: Front, own: int, like: Tensor, additive: bool = False
+) -> Tensor | None:
     """Return a mask ``[..., queries, keys]`` that lets everybody see the prefix, of whoever has it.
 
     Args:
         mask: boolean (True may be seen) or added to the scores; None for no mask.
         front: the prefix.
-        key: the own keys, without the prefix.
+        own: the number of own keys, without the prefix.
+        like: a tensor of the dtype and device that the mask has to have where there is none yet.
         additive: which of the two a mask has to be where there is none yet.
     """
-    own = key.shape[2]
     if mask is None:
         if front.allowed is None:
             return None
-        mask = torch.ones(1, 1, 1, own, dtype=torch.bool, device=key.device)
-        mask = torch.zeros_like(mask, dtype=key.dtype) if additive else mask
+        mask = torch.ones(1, 1, 1, own, dtype=torch.bool, device=like.device)
+        mask = torch.zeros_like(mask, dtype=like.dtype) if additive else mask
     mask = mask[..., :own]
     left = torch.zeros((), dtype=mask.dtype, device=mask.device)
     if mask.dtype == torch.bool:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from ..engine import Engine
 
-IGNORED = -100
-"""The label that PyTorch's cross entropy leaves out."""
-
 
 @dataclass
 class Settings:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
+from inlay.arguments import IGNORED
+
 from ..data import Layout, Table
 from ..engine import Engine
-from .base import IGNORED, Task
+from .base import Task
 from .generation import generate_texts
 from .perplexity import perplexity, token_losses
 

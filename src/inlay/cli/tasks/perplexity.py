@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .base import IGNORED
+from inlay.arguments import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,11 +10,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification
 
+from inlay.arguments import IGNORED
+
 from ..data import Layout, Table
 from ..engine import Engine
 from ..errors import UserError
 from ..options import Train
-from .base import IGNORED, Settings, Task
+from .base import Settings, Task
 from .entities import entity_metrics
 from .labels import class_metrics, label_arguments, label_names, number_of
 

@@ -121,7 +121,10 @@ FAMILIES: list[Family] = [
     Family(
         "Llama",
         Points("input_layernorm", "resid_attn_dropout|self_attn.o_proj|self_attn.dense|linear_attn.out_proj"),
-        Points("post_attention_layernorm|input_layernorm", "resid_mlp_dropout|mlp.down_proj|mlp.fc2|mlp"),
+        Points(
+            "post_attention_layernorm|input_layernorm",
+            "resid_mlp_dropout|mlp.down_proj|mlp.fc2|mlp|block_sparse_moe",
+        ),
         without="pre_feedforward_layernorm",
     ),
     Family(
