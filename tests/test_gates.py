@@ -18,15 +18,15 @@ from inlay.blocks import open_gate
 from prompt_models import BUILDERS
 from tiny_models import tiny, tiny_inputs
 
-MODELS = ["bert", "gpt2", "llama", "t5"]
+MODELS = ["bert", "gpt2", "llama", "t5", "gptj"]  # the last one takes prefixes at its cache
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def base(name: str, attention: str = "sdpa") -> Any:
+    cls, config = BUILDERS[name][0], BUILDERS[name][1]()
+    config._attn_implementation = attention if cls._supports_sdpa else "eager"
     torch.manual_seed(0)
-    model: Any = BUILDERS[name]().eval()
-    model.set_attn_implementation(attention)
-    return model
+    return cls(config).eval()
 
 
 def prefix(**settings: Any) -> PrefixTuningConfig:
@@ -63,7 +63,7 @@ def test_a_gate_is_a_mean_over_positions() -> None:
     assert torch.allclose(open_gate(gate, x[0]), torch.sigmoid(gate(x[0])))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])  # of T5's entries, two layers may use the same
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gptj"])  # of T5's entries, two layers may use the same
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_constant_gate_scales_keys_and_values(name: str, attention: str) -> None:
     gated = shaken(get_peft_model(base(name, attention), prefix(use_gating=True, shared_gating=False)))

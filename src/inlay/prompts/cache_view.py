@@ -112,7 +112,7 @@ class CacheHooks:
         """Replace the cache by a view with the prefix in front, and extend the mask."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
         states: Tensor = given["hidden_states"]
-        front = self.site.live(len(states))
+        front = self.site.live(len(states), states)
         if front is None:
             return None
         mask, length, only, moved = given.get(self.mask), states.shape[1], None, 0

@@ -84,9 +84,15 @@ class Site:
         if self.prompts.gated_now():
             self.heard.value = first_input(module, self.argument, args, kwargs)
 
-    def live(self, rows: int) -> Front | None:
-        """Return what goes in front for a batch of this many rows, or None where no prefix is on."""
-        read, self.heard.value = self.heard.value, None
+    def live(self, rows: int, read: Tensor | None = None) -> Front | None:
+        """Return what goes in front for a batch of this many rows, or None where no prefix is on.
+
+        Args:
+            rows: the number of rows.
+            read: what the attention module reads, for gates; what was heard by default.
+        """
+        heard, self.heard.value = self.heard.value, None
+        read = heard if read is None else read
         setting = self.prompts.switch.now()
         if not setting.enabled or not self.prompts.splicing:
             return None
