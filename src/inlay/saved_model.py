@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,19 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from .composition.choice import is_fusion
 from .config import PeftConfig
 from .files import hub
 from .files.checkpoint import IncompatibleKeys, get_peft_model_state_dict, load_peft_weights
-from .files.disk_keys import prompt_network
 from .files.folder import adapter_folder, check_folder, check_whole, write_state, write_tensors
-from .files.fusions import members_loaded, model_with_fusion, with_members
-from .files.saved_adapter import SavedAdapter
+from .files.fusions import with_members
+from .files.loading import new_model, take_in
+from .files.saved_adapter import Loading
 from .files.setups import SavedSetup, find_saved_adapters, load_setup, model_with_setup
 from .injection.targets import base_name
 from .injection.walk import adapted_layers
 from .method import Method
-from .training.optimizer_state import Change, follow
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -155,44 +152,22 @@ class SavedModel(nn.Module):
             ValueError: there is no adapter at ``model_id``.
             AdapterFileError: it is truncated or does not fit the model, which is then unchanged.
         """
-        from .tasks import class_for  # only now: it is made of subclasses of this one
-
-        saved = find_saved_adapters(
-            model,
-            model_id,
-            kwargs,
-            config=config,
-            is_trainable=is_trainable,
-            device=None,
-            key_mapping=key_mapping,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
+        chosen, loading = (
+            cast("type[PeftModel]", cls),
+            Loading.asked(
+                is_trainable=is_trainable,
+                device=None,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                key_mapping=key_mapping,
+                hub=kwargs,
+            ),
         )
-        options = {
-            "is_trainable": is_trainable,
-            "autocast_adapter_dtype": autocast_adapter_dtype,
-            "low_cpu_mem_usage": low_cpu_mem_usage,
-            "key_mapping": key_mapping,
-        }
+        saved = find_saved_adapters(model, model_id, config, loading)
         if isinstance(saved, SavedSetup):
-            return model_with_setup(cast("type[PeftModel]", cls), model, adapter_name, saved, options)
-        chosen = class_for(saved.config, cast("type[PeftModel]", cls))
-        if is_fusion(saved.config):
-            fused = model_with_fusion(chosen, model, adapter_name, saved, kwargs, options)
-            fused.set_adapter(adapter_name, inference_mode=not is_trainable)
-            return fused
-        frozen = [p for p in model.parameters() if p.requires_grad]
-        peft_model = chosen(model, saved.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        try:
-            peft_model._put(adapter_name, saved, low_cpu_mem_usage, is_trainable)
-            others = peft_model._take_in_others(saved, adapter_name, options, kwargs)
-        except BaseException:
-            peft_model.unload()
-            for p in frozen:
-                p.requires_grad_(True)
-            raise
-        peft_model.set_adapter([adapter_name, *others], inference_mode=not is_trainable)
-        peft_model.eval()
-        return peft_model
+            return model_with_setup(chosen, model, adapter_name, saved, loading)
+        return new_model(chosen, model, adapter_name, saved, loading)
 
     def load_adapter(
         self,
@@ -213,85 +188,23 @@ class SavedModel(nn.Module):
         Returns:
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
-        base = cast("PeftModel", self).get_base_model()
-        saved = find_saved_adapters(
-            base,
-            model_id,
-            kwargs,
-            config=None,
-            is_trainable=is_trainable,
-            device=torch_device,
-            key_mapping=key_mapping,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
+        model, loading = (
+            cast("PeftModel", self),
+            Loading.asked(
+                is_trainable=is_trainable,
+                device=torch_device,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                key_mapping=key_mapping,
+                hub=kwargs,
+            ),
         )
-        options = {
-            "is_trainable": is_trainable,
-            "torch_device": torch_device,
-            "autocast_adapter_dtype": autocast_adapter_dtype,
-            "low_cpu_mem_usage": low_cpu_mem_usage,
-            "key_mapping": key_mapping,
-        }
+        saved = find_saved_adapters(model.get_base_model(), model_id, None, loading)
         if isinstance(saved, SavedSetup):
-            load_setup(cast("PeftModel", self), adapter_name, saved, options)
+            load_setup(model, adapter_name, saved, loading)
             return IncompatibleKeys([], [])
-        return self._take_in(saved, adapter_name, options, kwargs)
-
-    def _take_in(
-        self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
-    ) -> IncompatibleKeys:
-        """Load an adapter that was found, and the members that it needs; options are those of ``load_adapter``."""
-        model, meta = cast("PeftModel", self), options["low_cpu_mem_usage"]
-        new, is_trainable = name not in model.peft_config, options["is_trainable"]
-        parts = [f"{name}_{kind}" for kind in saved.others]
-        if new and (taken := [part for part in parts if part in model.peft_config]):
-            raise ValueError(
-                f"{saved.origin} holds several adapters, of which one would be named {taken[0]!r}, and there is one of that "
-                "name; load it by another name"
-            )
-        with members_loaded(model, name, saved, hub, options) as saved:
-            if new:
-                model.add_adapter(name, saved.config, meta, options["autocast_adapter_dtype"])
-            try:
-                with _fitted(model, name, saved.config):
-                    result = self._put(name, saved, meta, is_trainable or not new)
-                self._take_in_others(saved, name, options, hub)
-            except BaseException:
-                if new:
-                    model.delete_adapter(name)
-                raise
-        if new or is_trainable:
-            model.base_model.set_requires_grad(name, requires_grad=is_trainable)
-        return result
-
-    def _put(self, name: str, saved: SavedAdapter, low_cpu_mem_usage: bool, resume: bool) -> IncompatibleKeys:
-        """Set an adapter's values and take up what it remembered when it was saved, where it remembers anything."""
-        adapted = cast("PeftModel", self).base_model
-        network = prompt_network(self, name)
-        if network is not None:
-            remembered = saved.remembered()
-            adapted.prompts.check_state(name, remembered, saved.origin)
-        result = saved.put_into(self, name, low_cpu_mem_usage)
-        if network is not None:
-            network.load_state_dict(remembered)
-        elif resume and name in adapted.methods and adapted.methods[name].steps():
-            adapted.methods[name].load_state(list(adapted.own_slots(name)), saved.remembered())
-        return result
-
-    def _take_in_others(
-        self, saved: SavedAdapter, name: str, options: dict[str, Any], hub: dict[str, Any]
-    ) -> list[str]:
-        """Load what a folder holds beside an adapter, all of it or nothing, and return the names: ``<name>_<what it is>``."""
-        model = cast("PeftModel", self)
-        parts = {f"{name}_{kind}": part for kind, part in saved.others.items()}
-        before = set(model.peft_config)
-        try:
-            for own, part in parts.items():
-                self._take_in(part, own, options, hub)
-        except BaseException:
-            for own in parts.keys() & (model.peft_config.keys() - before):
-                model.delete_adapter(own)
-            raise
-        return list(parts)
+        return take_in(model, adapter_name, saved, loading)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of the active adapter."""
@@ -300,27 +213,3 @@ class SavedModel(nn.Module):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a temporary folder and upload it; see ``inlay.files.hub.push``. Returns the commit's address."""
         return hub.push(cast("PeftModel", self), repo_id, **kwargs)
-
-
-@contextmanager
-def _fitted(model: PeftModel, name: str, config: PeftConfig) -> Iterator[None]:
-    """Give an adapter the shapes of a saved configuration for values loaded inside; undone if that fails."""
-    if name not in model.base_model.methods:  # a prompt, which has no shapes to fit
-        yield
-        return
-    method, own = model.base_model.methods[name], model.peft_config[name]
-    slots = list(model.base_model.own_slots(name))
-    before = [(slot, {column: slot[column] for column in slot.columns}) for slot in slots]
-    fields = dict(vars(own))
-    try:
-        for slot in slots:
-            method.fit(slot, config)
-        yield
-    except BaseException:
-        vars(own).update(fields)
-        for slot, columns in before:
-            for column, entry in columns.items():
-                slot.layer.column(column)[name] = entry
-        raise
-    pairs = [(entry, slot[column]) for slot, columns in before for column, entry in columns.items()]
-    follow([Change(old, new, None) for old, new in pairs if isinstance(old, nn.Parameter) and old is not new])

@@ -19,6 +19,40 @@ from .disk_keys import PROMPT, WHOLE_EMBEDDING, disk_keys, first_slot, prompt_ne
 from .folder import read_state
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How adapters are to be loaded: what ``from_pretrained`` and ``load_adapter`` were told.
+
+    Attributes:
+        is_trainable: go on training them.
+        device: read the tensors onto this device.
+        autocast_adapter_dtype: keep them in float32 where the base is in half precision.
+        low_cpu_mem_usage: do not initialise parameters that are about to be loaded.
+        key_mapping: see ``load_peft_weights``.
+        hub: where on the hub, or in which folder inside: revision, subfolder, token, ...
+    """
+
+    is_trainable: bool
+    device: str | torch.device | None
+    autocast_adapter_dtype: bool
+    low_cpu_mem_usage: bool
+    key_mapping: dict[str, str] | None
+    hub: dict[str, Any]
+
+    @classmethod
+    def asked(cls, *, ephemeral_gpu_offload: bool, hub: dict[str, Any], **settings: Any) -> Loading:
+        """Return what a user asked for; arguments that nobody knows are left out with a warning.
+
+        Raises:
+            ValueError: ``ephemeral_gpu_offload`` is asked for, which there is not.
+        """
+        if ephemeral_gpu_offload:
+            raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
+        if unknown := sorted(hub.keys() - HUB_ARGUMENTS - {"subfolder"}):
+            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=3)
+        return cls(hub={k: v for k, v in hub.items() if k not in unknown}, **settings)
+
+
 @dataclass
 class SavedAdapter:
     """An adapter as it was found: its configuration and its tensors by their keys on disk.
@@ -43,33 +77,32 @@ class SavedAdapter:
 
     @classmethod
     def find(
-        cls,
-        model: nn.Module,
-        origin: str | os.PathLike[str],
-        config: PeftConfig | None,
-        is_trainable: bool,
-        device: str | torch.device | None,
-        key_mapping: dict[str, str] | None,
-        ephemeral_gpu_offload: bool,
-        kwargs: dict[str, Any],
+        cls, model: nn.Module, origin: str | os.PathLike[str], config: PeftConfig | None, loading: Loading
     ) -> SavedAdapter:
-        """Read an adapter; ``model`` is the bare one, the other arguments are those of ``PeftModel.from_pretrained``."""
-        if ephemeral_gpu_offload:
-            raise ValueError("ephemeral_gpu_offload=True is not implemented in Inlay; leave it at False")
-        if unknown := sorted(kwargs.keys() - HUB_ARGUMENTS - {"subfolder"}):
-            warnings.warn(f"arguments {unknown} are unknown and were ignored", PeftWarning, stacklevel=4)
-        hub = {k: v for k, v in kwargs.items() if k not in unknown}
+        """Read an adapter.
+
+        Args:
+            model: the bare model.
+            origin: the adapter's folder, or a repository on the hub.
+            config: used instead of the saved configuration.
+            loading: how it is to be loaded.
+
+        Raises:
+            ValueError: there is no adapter.
+            AdapterFileError: it is truncated or not what it seems.
+        """
         if config is None:
-            values = PeftConfig.from_json_file(locate_description(origin, **hub))
+            values = PeftConfig.from_json_file(locate_description(origin, **loading.hub))
             if is_adapterhub(values):
-                if key_mapping:
+                if loading.key_mapping:
                     raise ValueError(
                         f"{origin} is an adapter of AdapterHub's, whose keys Inlay maps by itself; leave key_mapping out"
                     )
-                return cls._of_adapterhub(model, origin, values, is_trainable, device, hub)
+                return cls._of_adapterhub(model, origin, values, loading)
             config = PeftConfig.from_peft_type(**values)
-        tensors = load_peft_weights(origin, device, key_mapping, **hub)
-        return cls(origin, replace(config, inference_mode=not is_trainable), tensors, hub)
+        tensors = load_peft_weights(origin, loading.device, loading.key_mapping, **loading.hub)
+        config = replace(config, inference_mode=not loading.is_trainable)
+        return cls(origin, config, tensors, loading.hub)
 
     @classmethod
     def _of_adapterhub(
@@ -77,21 +110,20 @@ class SavedAdapter:
         model: nn.Module,
         origin: str | os.PathLike[str],
         description: dict[str, Any],
-        is_trainable: bool,
-        device: str | torch.device | None,
-        hub: dict[str, Any],
+        loading: Loading,
     ) -> SavedAdapter:
         from ..adapterhub.load import FUSION, parts_of
 
+        folder = read_folder(origin, description, loading.device, **loading.hub)
         parts = {
             kind: cls(
                 origin,
-                replace(part.config, inference_mode=not is_trainable),
+                replace(part.config, inference_mode=not loading.is_trainable),
                 part.tensors,
                 state=part.state,
                 everywhere=kind == FUSION,
             )
-            for kind, part in parts_of(read_folder(origin, description, device, **hub), model).items()
+            for kind, part in parts_of(folder, model).items()
         }
         first = next(iter(parts))
         return replace(parts[first], others={kind: part for kind, part in parts.items() if kind != first})

@@ -18,9 +18,10 @@ from torch import nn
 from ..adapterhub.setup import differences, read_setup
 from ..composition import Block, Child, Fuse, Stack, names_in
 from ..composition.choice import is_fusion
-from ..config import HUB_ARGUMENTS
+from ..config import PeftConfig
 from ..errors import PeftWarning
-from .saved_adapter import SavedAdapter
+from .loading import new_model, take_in, taken_out_again
+from .saved_adapter import Loading, SavedAdapter
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -33,46 +34,41 @@ class SavedSetup:
     Attributes:
         origin: the folder, or the repository on the hub.
         tree: the composition, by the names of the folders.
-        hub: where on the hub, or in which folder inside: revision, subfolder, ...
     """
 
     origin: Any
     tree: Child
-    hub: dict[str, Any]
 
     @property
     def names(self) -> list[str]:
         """The adapters, members before their fusion."""
         return list(dict.fromkeys(names_in(self.tree)))
 
-    def place_of(self, name: str) -> dict[str, Any]:
-        """Return where an adapter is: arguments for ``from_pretrained``."""
-        return self.hub | {"subfolder": str(PurePosixPath(self.hub.get("subfolder") or "") / name)}
+    def part(self, model: nn.Module, name: str, loading: Loading) -> tuple[SavedAdapter, Loading]:
+        """Return an adapter of the setup as it is found, and how it is to be loaded."""
+        folder = PurePosixPath(loading.hub.get("subfolder") or "") / name
+        there = replace(loading, hub=loading.hub | {"subfolder": str(folder)})
+        return SavedAdapter.find(model, self.origin, None, there), there
 
 
 def find_saved_adapters(
-    model: nn.Module, origin: str | os.PathLike[str], hub: dict[str, Any], **arguments: Any
+    model: nn.Module, origin: str | os.PathLike[str], config: PeftConfig | None, loading: Loading
 ) -> SavedAdapter | SavedSetup:
-    """Return what there is at a place, adapter or setup.
+    """Return what there is at a place, adapter or setup; see ``SavedAdapter.find``.
 
-    Args:
-        model: the bare model.
-        origin: the place.
-        hub: where on the hub, or in which folder inside.
-        **arguments: the others of ``SavedAdapter.find``. A setup has the configurations of its own adapters alone.
+    A setup has the configurations of its own adapters alone.
     """
     try:
-        return SavedAdapter.find(model, origin, kwargs=hub, **arguments)
+        return SavedAdapter.find(model, origin, config, loading)
     except ValueError:  # looked for only now: on the hub, each look is a request
-        known = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS | {"subfolder"}}
-        tree = read_setup(origin, **known) if arguments["config"] is None else None
+        tree = read_setup(origin, **loading.hub) if config is None else None
         if tree is None:
             raise
-    return SavedSetup(origin, tree, known)
+    return SavedSetup(origin, tree)
 
 
 def model_with_setup(
-    cls: type[PeftModel], model: nn.Module, name: str, setup: SavedSetup, options: dict[str, Any]
+    cls: type[PeftModel], model: nn.Module, name: str, setup: SavedSetup, loading: Loading
 ) -> PeftModel:
     """Return a new ``PeftModel`` with the adapters of a setup, its composition on. If it fails, the model is as it was.
 
@@ -81,67 +77,44 @@ def model_with_setup(
         model: the base model; it is changed in place.
         name: "default", or what the adapters' names are to begin with.
         setup: the setup.
-        options: those of ``from_pretrained``.
+        loading: how they are to be loaded.
     """
     first = setup.names[0]
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    made: PeftModel = cls.from_pretrained(
-        model, setup.origin, _named(first, name), **options, **setup.place_of(first)
-    )
-    try:
-        tree = _load_others(
-            made, name, setup, options | {"torch_device": None}, {first: _all_of(list(made.peft_config))}
-        )
-        made.set_adapter(tree, inference_mode=not options["is_trainable"])
-    except BaseException:
-        made.unload()
-        for p in frozen:
-            p.requires_grad_(True)
-        raise
-    return made
+    saved, there = setup.part(model, first, loading)
+
+    def add_others(made: PeftModel) -> Child:
+        return _load_others(made, name, setup, loading, {first: _all_of(list(made.peft_config))})
+
+    return new_model(cls, model, _named(first, name), saved, there, add_others)
 
 
-def load_setup(model: PeftModel, name: str, setup: SavedSetup, options: dict[str, Any]) -> None:
-    """Load the adapters of a setup, all or none, without turning them on; options are those of ``load_adapter``.
+def load_setup(model: PeftModel, name: str, setup: SavedSetup, loading: Loading) -> None:
+    """Load the adapters of a setup, all or none, without turning them on.
 
     Raises:
         ValueError: the model has an adapter of one of the names.
     """
-    before = list(model.peft_config)
-    if taken := [own for own in setup.names if _named(own, name) in before]:
+    if taken := [own for own in setup.names if _named(own, name) in model.peft_config]:
         raise ValueError(
             f"the setup at {setup.origin} has an adapter {taken[0]!r}, and there is one named {_named(taken[0], name)!r}; with "
             "another adapter_name, such as 'x', the adapters are named 'x_...'"
         )
-    try:
-        _load_others(model, name, setup, options, {})
-    except BaseException:
-        for loaded in [own for own in reversed(model.peft_config) if own not in before]:
-            model.delete_adapter(loaded)
-        raise
+    with taken_out_again(model):
+        _load_others(model, name, setup, loading, {})
 
 
 def _load_others(
-    model: PeftModel, name: str, setup: SavedSetup, options: dict[str, Any], loaded: dict[str, Child]
+    model: PeftModel, name: str, setup: SavedSetup, loading: Loading, loaded: dict[str, Child]
 ) -> Child:
     """Load what is not loaded yet; return the composition by the names in the model."""
     for own in (own for own in setup.names if own not in loaded):
-        where, before = setup.place_of(own), set(model.peft_config)
-        saved = SavedAdapter.find(
-            model.get_base_model(),
-            setup.origin,
-            None,
-            options["is_trainable"],
-            options["torch_device"],
-            options["key_mapping"],
-            False,
-            where,
-        )
+        before = set(model.peft_config)
+        saved, there = setup.part(model.get_base_model(), own, loading)
         config: Any = saved.config
         if is_fusion(config):
             members = [_one(loaded, member, own) for member in config.members]
             saved = replace(saved, config=replace(config, members=members))
-        model._take_in(saved, _named(own, name), options, where)
+        take_in(model, _named(own, name), saved, there)
         loaded[own] = _all_of([n for n in model.peft_config if n not in before])
     tree = _renamed(setup.tree, loaded)
     for difference in dict.fromkeys(differences(tree, model.peft_config)):
