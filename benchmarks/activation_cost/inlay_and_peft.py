@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import inlay
 import torch
+
+import inlay
 from inlay import BottleneckConfig
 
 from .measure import Builders
@@ -26,7 +27,10 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuningConfig", {}),
     "P-tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 128}),
     "prefix tuning": ("PrefixTuningConfig", {}),
-    "prefix tuning, projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 128}),
+    "prefix tuning, projected": (
+        "PrefixTuningConfig",
+        {"prefix_projection": True, "encoder_hidden_size": 128},
+    ),
 }
 TASKS = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM"}
 VIRTUAL_TOKENS = 20
