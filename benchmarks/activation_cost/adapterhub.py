@@ -22,7 +22,7 @@ from adapters.composition import Average, BatchSplit, Fuse, Parallel, Stack
 from .measure import Bench, Builders
 from .models import Case, Size, build
 
-FROZEN = "adapters, frozen"
+FROZEN = "adapters frozen"
 VIRTUAL_TOKENS = 20
 METHODS: dict[str, Callable[[], Any]] = {
     "Houlsby": lambda: "double_seq_bn",
@@ -54,7 +54,7 @@ def builders() -> Builders:
 
 
 def _frozen(model: str, size: Size) -> Case:
-    return Case(build(model, size).requires_grad_(False), {})
+    return Case(build(model, size).requires_grad_(False))
 
 
 def _single(config: Callable[[], Any]) -> Callable[[str, Size], Case]:
@@ -63,7 +63,7 @@ def _single(config: Callable[[], Any]) -> Callable[[str, Size], Case]:
         adapters.init(adapted)
         adapted.add_adapter("a", config=config())
         adapted.train_adapter("a")
-        return Case(adapted, {})
+        return Case(adapted)
 
     return make
 
@@ -80,7 +80,7 @@ def _composed(name: str) -> Callable[[str, Size], Case]:
             adapted.train_adapter_fusion(block)
         else:
             adapted.train_adapter(block)
-        return Case(adapted, {}, copies=2 if name == "Parallel" else 1)
+        return Case(adapted)
 
     return make
 
@@ -96,7 +96,9 @@ def main() -> None:
             if what == "versions":
                 answer: Any = {name: version(name) for name in ("torch", "transformers", "adapters")}
             elif what == "load":
-                bench, answer = Bench(builders(), given["model"], Size(**given["size"])), None
+                bench = None  # before the new one takes memory
+                bench = Bench(builders(), **given | {"size": Size(**given["size"])})
+                answer = {}
             else:
                 answer = getattr(bench, what)(**given)
             print(json.dumps(answer), file=answers, flush=True)

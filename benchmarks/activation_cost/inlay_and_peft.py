@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 import inlay
 from inlay import BottleneckConfig
 
-from .measure import Builders
+from .measure import FROZEN, Builders
 from .models import Case, Size, build
 
-FROZEN, CONTROL = "frozen", "frozen, second copy"
+CONTROL = "frozen, second copy"
+GENERATING = ("prompt tuning", "P-tuning", "prefix tuning", "prefix tuning, projected", "Pfeiffer")
 BOTTLENECKS = {
     "Houlsby": "double_seq_bn",
     "Pfeiffer": "seq_bn",
@@ -36,7 +36,7 @@ TASKS = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM"}
 VIRTUAL_TOKENS = 20
 
 
-def builders(model: str) -> Builders:
+def builders() -> Builders:
     """Return the cases of both libraries, frozen models first."""
     found: dict[str, Callable[[str, Size], Case]] = {FROZEN: frozen, CONTROL: frozen}
     for name, preset in BOTTLENECKS.items():
@@ -46,17 +46,18 @@ def builders(model: str) -> Builders:
             found[f"{library} {name}"] = _prompt(library, config, settings)
     for name in COMPOSITIONS:
         found[f"inlay {name}"] = _composed(name)
+    found["inlay mixed batch"] = _mixed
     return found
 
 
 def frozen(model: str, size: Size) -> Case:
     """Return the bare model."""
-    return Case(build(model, size).requires_grad_(False), {})
+    return Case(build(model, size).requires_grad_(False))
 
 
 def _bottleneck(preset: str) -> Callable[[str, Size], Case]:
     def make(model: str, size: Size) -> Case:
-        return Case(inlay.get_peft_model(build(model, size), BottleneckConfig.preset(preset)), {})
+        return Case(inlay.get_peft_model(build(model, size), BottleneckConfig.preset(preset)))
 
     return make
 
@@ -65,7 +66,7 @@ def _prompt(library: str, config: str, settings: Mapping[str, Any]) -> Callable[
     def make(model: str, size: Size) -> Case:
         peft = importlib.import_module(library)
         told = getattr(peft, config)(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASKS[model], **settings)
-        return Case(peft.get_peft_model(build(model, size), told), {})
+        return Case(peft.get_peft_model(build(model, size), told))
 
     return make
 
@@ -92,14 +93,20 @@ def _composed(name: str) -> Callable[[str, Size], Case]:
         )
         adapted.add_adapter("b", BottleneckConfig.preset("seq_bn"))
         adapted.set_adapter(COMPOSITIONS[name](adapted, size.batch))
-        return Case(adapted, {}, copies=2 if name == "Parallel" else 1)
+        return Case(adapted)
 
     return make
+
+
+def _mixed(model: str, size: Size) -> Case:
+    adapted: Any = inlay.get_peft_model(
+        build(model, size), BottleneckConfig.preset("seq_bn"), adapter_name="a"
+    )
+    adapted.add_adapter("b", BottleneckConfig.preset("seq_bn"))
+    names = ["a", "b"] * size.batch
+    return Case(adapted, {"adapter_names": names[: size.batch]})
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what is measured here."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-__all__ = ["CONTROL", "FROZEN", "builders", "frozen", "torch", "versions"]

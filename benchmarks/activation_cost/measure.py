@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ from instruments import CLOCKS, flops_of, memory_of, one_round, operations_of, p
 from .models import Case, Size
 
 Builders = Mapping[str, Callable[[str, Size], Case]]
-"""Makes the case of a name for a model of a name and a size."""
+"""Makes the case of a name for a model of a name and a size. A name is a library and a method, or begins as ``FROZEN``."""
+FROZEN = "frozen"
 GENERATED = 16
-TINY = Size(width=32, layers=1, batch=1, length=4)
+TINY = Size(width=128, layers=1, batch=2, length=4)
 
 
 class Bench:
@@ -23,14 +24,18 @@ class Bench:
         builders: the cases by name.
         model: name of the model.
         size: its size.
+        methods: names of the methods to make; None for all.
     """
 
-    def __init__(self, builders: Builders, model: str, size: Size) -> None:
+    def __init__(
+        self, builders: Builders, model: str, size: Size, methods: Sequence[str] | None = None
+    ) -> None:
         self.tokens = size.tokens()
-        self.cases = {name: make(model, size) for name, make in builders.items()}
+        chosen = _chosen(builders, methods)
+        self.cases = {name: builders[name](model, size) for name in chosen}
 
     def count(self) -> dict[str, dict[str, Any]]:
-        """Return what a step of each case costs, in numbers that are the same at every run; in bytes where not named."""
+        """Return what a step of each case costs, in numbers that are the same at every run."""
         found: dict[str, dict[str, Any]] = {}
         for name, case in self.cases.items():
             case.model.train()
@@ -38,7 +43,6 @@ class Bench:
             peak, total = memory_of(step)
             found[name] = {
                 "trained": case.trained(),
-                "copies": case.copies,
                 "flops": flops_of(step),
                 "saved": saved_bytes(case.model, partial(case.loss, self.tokens)),
                 "peak": peak,
@@ -55,12 +59,17 @@ class Bench:
             found[name] = {"operations": operations_of(forward), "calls": python_calls_of(forward)}
         return found
 
-    def time(self, what: str, names: list[str] | None, clock: str, backwards: bool) -> dict[str, float]:
+    def time(self, what: str, methods: Sequence[str] | None, clock: str, backwards: bool) -> dict[str, float]:
         """Return the milliseconds of one round of "step", "forward" or "generate"."""
         calls: dict[str, Callable[[], None]] = {}
-        for name in self.cases if names is None else [n for n in names if n in self.cases]:
+        for name in _chosen(self.cases, methods):
             case = self.cases[name]
             case.model.train(what == "step")
             more = (GENERATED,) if what == "generate" else ()
             calls[name] = partial(getattr(case, what), self.tokens, *more)
         return one_round(calls, backwards, CLOCKS[clock])
+
+
+def _chosen(names: Mapping[str, Any], methods: Sequence[str] | None) -> list[str]:
+    """Return the names of the frozen models, and of the methods that are asked for."""
+    return [n for n in names if methods is None or FROZEN in n or n.partition(" ")[2] in methods]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,12 +57,10 @@ class Case:
     Attributes:
         model: the model.
         more: further arguments of each call.
-        copies: how often the batch is run, for what is compared with the frozen model.
     """
 
     model: Any
-    more: Mapping[str, Any]
-    copies: int = 1
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return a number that depends on all outputs, with gradients asked for down to the input embeddings."""
