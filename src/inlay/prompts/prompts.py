@@ -32,6 +32,7 @@ class Prompts:
         self.configs: dict[str, Any] = {}
         self.splicing: set[str] = set()  # names of the adapters that go into the attention
         self.changes: tuple[Splice, Shift] | None = None
+        self.mask: tuple[tuple[Any, ...], Tensor] | None = None  # the last one of ``causal_mask``
 
     def __contains__(self, name: object) -> bool:
         return name in self.methods
@@ -108,6 +109,21 @@ class Prompts:
         prefix = self.methods[name].prefix(self.encoder(name), self.configs[name], layer)
         assert prefix is not None
         return prefix
+
+    def causal_mask(self, query: Tensor, tokens: int) -> Tensor:
+        """Return a mask ``[1, 1, t, tokens + t]`` to add to scores: ``query[..., t, d]`` sees the prefix, and what is not later.
+
+        All layers share one: it is made once, and kept for backward once.
+        """
+        key = (query.shape[-2], tokens, query.dtype, query.device)
+        if self.mask is None or self.mask[0] != key or torch.compiler.is_compiling():
+            with torch.inference_mode(False):  # it may serve training later
+                shut = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+                mask = shut.repeat(1, 1, query.shape[-2], tokens + query.shape[-2]).triu_(tokens + 1)
+            if torch.compiler.is_compiling():
+                return mask
+            self.mask = key, mask
+        return self.mask[1]
 
     def shift_now(self) -> int | tuple[int, ...]:
         """Return by how much the prefixes that are on move positions: one number, or one for each sample of a mixed batch."""

@@ -178,15 +178,19 @@ class Bottleneck(Method, name="BOTTLENECK"):
         config: Any = slot.config
         if config.parallel or not config.original_ln_before:
             return x if config.parallel else y
-        norm = _model_norm(slot)
-        return y + x if norm is None else cast("Tensor", norm(y + x))
+        both, norm = cast("AdaptedOutput", slot.layer).with_residual(y, x), _model_norm(slot)
+        return both if norm is None else cast("Tensor", norm(both))
 
     def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         config: Any = slot.config
         upon_y = config.parallel or config.residual_before_ln is True or not config.original_ln_before
         if not upon_y or not config.original_ln_after or config.adapter_residual_before_ln:
             return super().change(slot, x, y)
-        z, norm = add_change(slot, self.query(slot, x, y)), slot.get("adapter_norm_after")
+        if config.original_ln_before and not config.parallel:
+            read, model_norm = cast("AdaptedOutput", slot.layer).with_residual(y, x), _model_norm(slot)
+        else:
+            read, model_norm = self.query(slot, x, y), None
+        z, norm = add_change(slot, read, model_norm=model_norm), slot.get("adapter_norm_after")
         return (z if norm is None else layer_norm(norm, z)).to(y.dtype)
 
     def _parallel(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
@@ -197,7 +201,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
         x = carried = y
         model_norm, with_residual = None, False  # whether ``carried`` is y + r
         if config.original_ln_before:
-            x = y + r
+            x = cast("AdaptedOutput", slot.layer).with_residual(y, r)
             model_norm = _model_norm(slot)
             if config.residual_before_ln == "post_add":
                 carried, with_residual = x, True
