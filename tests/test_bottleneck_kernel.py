@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from inlay.kernels.bottleneck import Narrow, Norm, bottleneck
+from inlay.methods.bottleneck.activations import ACTIVATIONS, DERIVATIVES
 from kernel_cases import TOLERANCE, relative_error
 
 NAMES = ("x", "carried", "down", "down_bias", "up", "up_bias", "weight", "bias", "mix")
@@ -136,6 +137,26 @@ def test_strided_inputs_and_gradients(carried: str) -> None:
         fused(t).sum(), t["up_bias"]
     )  # the gradient of a sum is an expanded number
     torch.testing.assert_close(found, torch.full_like(found, GAIN * 24))
+
+
+@pytest.mark.parametrize("name", sorted(DERIVATIVES))
+def test_derivatives_of_activations(name: str) -> None:
+    x, dy = torch.randn(2, 50, dtype=torch.float64)
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(ACTIVATIONS[name](x), x, dy)
+    torch.testing.assert_close(DERIVATIVES[name](dy, x.detach()), wanted)
+
+
+@pytest.mark.parametrize("needed", [{"x"}, {"up"}, {"x", "down", "down_bias", "up", "up_bias"}], ids=len)
+def test_a_given_derivative_is_used(needed: set[str]) -> None:
+    def run(derivative: Any) -> list[Tensor]:
+        t = leaves(make(), needed)
+        narrow = Narrow(ACTIVATIONS["gelu"], derivative=derivative)
+        y = bottleneck(t["x"], t["x"], t["down"], t["down_bias"], narrow, t["up"], t["up_bias"], GAIN)
+        return list(torch.autograd.grad(y.square().sum(), [t[n] for n in sorted(needed)]))
+
+    for ours, plain in zip(run(DERIVATIVES["gelu"]), run(None), strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 @CARRIED

@@ -34,10 +34,17 @@ class Norm(NamedTuple):
 
 
 class Narrow(NamedTuple):
-    """What stands between the two wide products: ``function(S, *tensors)``, which must not remember anything."""
+    """What stands between the two wide products: ``function(S, *tensors)``, which must not remember anything.
+
+    Attributes:
+        function: returns M.
+        tensors: its parameters.
+        derivative: ``derivative(dM, S)`` returns dS, for functions without tensors; None leaves it to autograd.
+    """
 
     function: Callable[..., Tensor]
     tensors: tuple[Tensor, ...] = ()
+    derivative: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class _Form:
     """What of a call is not a tensor."""
 
     narrow: Callable[..., Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor] | None
     gain: float
     eps: float
     normalised: bool
@@ -70,7 +78,7 @@ def bottleneck(
     """
     itself = carried is x
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    form = _Form(narrow.function, gain, eps, norm is not None, itself)
+    form = _Form(narrow.function, narrow.derivative, gain, eps, norm is not None, itself)
     inputs: tuple[Any, ...] = (
         x,
         None if itself else carried,
@@ -233,6 +241,8 @@ def _through_narrow(
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """M, the gradient of S (None where nothing needs it), and those of the narrow function's tensors."""
     wants_s = any(needed[i] for i in (0, 2, 3, 6, 7))
+    if form.derivative is not None and not between:
+        return form.narrow(s), form.derivative(dm, s) if wants_s else None, []
     tensors = [
         t.detach().requires_grad_(needs)
         for t, needs in zip(between, needed[8:], strict=True)

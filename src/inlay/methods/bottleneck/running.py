@@ -6,7 +6,6 @@ Where nothing else stands between the two projections and the sum, all of it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ...kernels.autocast import autocast_is_on
 from ...kernels.bottleneck import Narrow, Norm, bottleneck
 from ...layers.taps import NormTap
 from ...method import Slot
-from .activations import activation
+from .activations import DERIVATIVES, activation
 from .block import Part, layer_norm, linear, part_of
 
 
@@ -71,7 +70,7 @@ def _fused(
         carried,
         down.wide,
         down.bias,
-        _narrow(activation(slot.config.non_linearity), down, up),  # type: ignore[attr-defined]
+        _narrow(slot.config.non_linearity, down, up),  # type: ignore[attr-defined]
         wide,
         bias,
         1.0 if gain is None else gain,
@@ -79,9 +78,10 @@ def _fused(
     )
 
 
-def _narrow(act: Callable[[Tensor], Tensor], down: Part, up: Part) -> Narrow:
+def _narrow(name: str, down: Part, up: Part) -> Narrow:
+    act = activation(name)
     if down.mix is None and up.mix is None:
-        return Narrow(act)
+        return Narrow(act, derivative=DERIVATIVES.get(name))
     names = [(part, field) for part in (down, up) for field in ("mix", "mix_bias")]
     present = [getattr(part, field) for part, field in names]
 
