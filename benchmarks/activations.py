@@ -58,7 +58,7 @@ def setting(arguments: argparse.Namespace, sides: list[Here | There], size: Size
 
 def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The report, each part as soon as it is measured."""
-    size = QUICK if arguments.quick else Size(arguments.width, arguments.layers, 8, 128)
+    size = QUICK if arguments.quick else Size(arguments.width, arguments.layers, 8, arguments.length)
     sides: list[Here | There] = [Here(arguments.methods)]
     if arguments.adapterhub_python is not None:
         sides.append(There(arguments.adapterhub_python, arguments.threads, arguments.methods))
@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", help="names of methods, such as Houlsby; all by default")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of each of the 8 samples")
     parser.add_argument("--adapterhub-python", type=Path, help="Python of an environment that has adapters")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model: shows that all works, not how well"
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     told = parser.parse_args(arguments)
     torch.set_num_threads(told.threads)
     transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*past_key_values.*")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # in PEFT's prompts
     write_report(told, "activations", sections(told))
 
 
