@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # in PEFT
 
 
 @pytest.fixture
@@ -37,7 +39,12 @@ def test_quick_form(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["--quick", "--models", "gpt2", "--methods", *methods, "--rounds", "2", "--threads", "1", "--report", str(report)]
     )  # fmt: skip
     text = report.read_text()
-    titles = ("a training step", "forward in eval mode", "generation of 16 tokens", "fixed cost of a forward pass")
+    titles = (
+        "a training step",
+        "forward in eval mode",
+        "generation of 16 tokens",
+        "fixed cost of a forward pass",
+    )
     assert all(f"## gpt2: {title}" in text for title in titles)
     assert text.count("| inlay Pfeiffer |") == 4 and text.count("| peft prefix tuning |") == 4
     assert "Houlsby |" not in text
@@ -57,7 +64,10 @@ def test_no_count_is_above_a_peer(script: Any) -> None:
 def test_of_wide_tensors_each_adapter_keeps_one(script: Any) -> None:
     wide, narrow = 4 * 2 * 16 * 128, 4 * 2 * 16 * 8
     counts = bench_of("Houlsby", "Pfeiffer", "Average").count()
-    saved = {name: counts[f"inlay {name}"]["saved"] - counts["frozen"]["saved"] for name in ("Houlsby", "Pfeiffer", "Average")}
+    saved = {
+        name: counts[f"inlay {name}"]["saved"] - counts["frozen"]["saved"]
+        for name in ("Houlsby", "Pfeiffer", "Average")
+    }
     statistics = 2 * 2 * 16 * 4 * 2  # mean and deviation that the model's norm keeps
     assert saved["Houlsby"] == 4 * (wide + narrow)
     assert abs(saved["Pfeiffer"] - 2 * (wide + narrow)) <= statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -30,9 +31,12 @@ class Bench:
     def __init__(
         self, builders: Builders, model: str, size: Size, methods: Sequence[str] | None = None
     ) -> None:
+        gc.unfreeze()
         self.tokens = size.tokens()
         chosen = _chosen(builders, methods)
         self.cases = {name: builders[name](model, size) for name in chosen}
+        gc.collect()
+        gc.freeze()  # or the collection before each measurement goes through all models
 
     def count(self) -> dict[str, dict[str, Any]]:
         """Return what a step of each case costs, in numbers that are the same at every run."""

@@ -30,7 +30,7 @@ def step_table(counts: Counts, taken: Times) -> list[str]:
         "| allocated +MB |",
         "|--|--|--|--|--|--|--|--|--|--|",
     ]
-    for name, values in taken.items():
+    for name, values in _ordered(taken):
         own, base = counts[name], counts[_frozen_of(name)]
         more = " | ".join(f"{(own[key] - base[key]) / 1e6:.2f}" for key in ("saved", "peak", "allocated"))
         lines.append(
@@ -64,7 +64,7 @@ def worse_than_a_peer(counts: Counts) -> list[str]:
 def forward_table(taken: Times) -> list[str]:
     """Return the table of a forward pass."""
     lines = ["| method | ms, median | / frozen (quartiles) | / peft | / adapters |", "|--|--|--|--|--|"]
-    for name, values in taken.items():
+    for name, values in _ordered(taken):
         lines.append(
             f"| {name} | {median(values):.1f} | {_against_frozen(taken, name)} | {_against_peers(taken, name)} |"
         )
@@ -77,7 +77,7 @@ def generation_table(taken: Times) -> list[str]:
         "| method | ms a token, median | / frozen (quartiles) | / peft | / adapters |",
         "|--|--|--|--|--|",
     ]
-    for name, values in taken.items():
+    for name, values in _ordered(taken):
         lines.append(
             f"| {name} | {median(values) / GENERATED:.2f} | {_against_frozen(taken, name)} | {_against_peers(taken, name)} |"
         )
@@ -94,7 +94,7 @@ def overhead_table(counts: Counts, taken: Times, size: Size) -> list[str]:
         "| method | us more, median | operations more | Python calls more |",
         "|--|--|--|--|",
     ]
-    for name, values in taken.items():
+    for name, values in _ordered(taken):
         base = _frozen_of(name)
         more = median(a - b for a, b in zip(values, taken[base], strict=True)) * 1e3
         own = counts[name]
@@ -102,6 +102,18 @@ def overhead_table(counts: Counts, taken: Times, size: Size) -> list[str]:
             f"| {name} | {more:.0f} | {own['operations'] - counts[base]['operations']} | {own['calls'] - counts[base]['calls']} |"
         )
     return lines
+
+
+def _ordered(taken: Times) -> list[tuple[str, list[float]]]:
+    """Return the cases by method, and those of one method by library: Inlay's before its peers'."""
+    libraries = {library: place for place, library in enumerate(("inlay", *PEERS), start=1)}
+    methods = [name.partition(" ")[2] for name in taken if name.startswith("inlay")]
+
+    def place(name: str) -> tuple[int, int]:
+        library, _, method = name.partition(" ")
+        return (methods.index(method) if method in methods else -1, libraries.get(library, 0))
+
+    return sorted(taken.items(), key=lambda item: place(item[0]))
 
 
 def _frozen_of(name: str) -> str:
