@@ -98,12 +98,13 @@ class PrefixEncoder(PromptModule):
         A cut of a parameter is kept until the parameter changes, so that its gradient is put together once, instead of every
         layer making one of the size of the whole, and adding it up. It keeps nothing of any pass through the model.
         """
-        if not (whole.is_leaf and whole.requires_grad and torch.is_grad_enabled()) or _being_traced():
-            return whole.split(self.width, dim)
+        own = type(whole) is nn.Parameter and whole.requires_grad and torch.is_grad_enabled()
+        if not own or _being_traced():
+            return torch.split(whole, self.width, dim)
         state = (whole._version, whole.data_ptr())
         kept = self.cuts.get(name)
         if kept is None or kept.whole is not whole or kept.state != state:
-            kept = self.cuts[name] = Cut(whole, state, whole.split(self.width, dim))
+            kept = self.cuts[name] = Cut(whole, state, torch.split(whole, self.width, dim))
         return kept.blocks
 
     def __getstate__(self) -> dict[str, Any]:
