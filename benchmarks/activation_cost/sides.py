@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class There:
     def ask(self, what: str, /, **given: Any) -> Values:
         """Return what a method of ``Bench`` returns."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([what, given]), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended; so says the empty answer
+            print(json.dumps([what, given]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(
@@ -98,8 +100,10 @@ class There:
 
     def close(self) -> None:
         """Let the process end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
