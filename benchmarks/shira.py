@@ -24,10 +24,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from instruments import CLOCKS, arguments_of_timing, interleaved, processor, ratios, spread, write_report
+from instruments import (
+    CLOCKS,
+    arguments_of_timing,
+    interleaved,
+    memory_of,
+    processor,
+    ratios,
+    spread,
+    write_report,
+)
 from step import FROZEN, VOCABULARY, loss_of
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -83,26 +91,12 @@ def variants(width: int, layers: int, r: int) -> dict[str, Trained]:
     return models
 
 
-def peak_bytes(trained: Trained, tokens: Tensor) -> int:
-    """Largest sum of what is allocated during a step, beyond what was there before."""
-    trained.step(tokens)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        trained.step(tokens)
-    assert found.profiler is not None
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def step_section(arguments: argparse.Namespace, width: int, layers: int) -> list[str]:
     tokens = torch.randint(VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
     found = variants(width, layers, arguments.r)
     calls = {name: (lambda v=v: v.step(tokens)) for name, v in found.items()}
     taken = interleaved(calls, arguments.rounds, CLOCKS[arguments.clock])
-    peaks = {name: peak_bytes(v, tokens) for name, v in found.items()}
+    peaks = {name: memory_of(partial(v.step, tokens))[0] for name, v in found.items()}
     parameters = [p for name, p in found[FROZEN].model.named_parameters() if any(t in name for t in TARGETS)]
     trained = sum(p.numel() for p in found[SHIRA].model.parameters() if p.requires_grad)
     lines = [

@@ -26,6 +26,7 @@ import torch
 from instruments import (
     CLOCKS,
     arguments_of_timing,
+    flops_of,
     interleaved,
     processor,
     ratios,
@@ -34,7 +35,6 @@ from instruments import (
     write_report,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 1000
@@ -136,19 +136,6 @@ def step(model: Any, tokens: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def in_place_addmm_flops(into: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-def flops(model: nn.Module, tokens: Tensor) -> int:
-    # By itself the counter knows out-of-place products only.
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.addmm_: in_place_addmm_flops}
-    ) as counter:
-        step(model, tokens)
-    return counter.get_total_flops()
-
-
 def import_table(clock: str, times: int = 5) -> list[str]:
     """The least of some interleaved runs of each import, in processes of their own."""
     statements = ("import torch", "import inlay", "from inlay import get_peft_model", "import peft")
@@ -228,7 +215,7 @@ def sections(arguments: argparse.Namespace) -> Iterator[list[str]]:
         )
         for name, variant in found.items():
             variant.milliseconds = taken[name]
-            variant.flops = flops(variant.model, tokens)
+            variant.flops = flops_of(partial(step, variant.model, tokens))
             variant.saved = saved_bytes(variant.model, partial(loss_of, variant.model, tokens))
         yield ["", f"## {label}", "", *step_table(found), "", *inference_table(found, tokens, arguments)]
     yield ["", "## Import", "", *import_table(arguments.clock)]

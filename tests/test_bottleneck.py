@@ -30,7 +30,7 @@ from inlay import (
 from inlay.layers.output import AdaptedOutput
 from inlay.layers.taps import taps_on
 from inlay.methods.bottleneck import families
-from inlay.methods.bottleneck.block import Kronecker
+from inlay.methods.bottleneck.block import Kronecker, part_of
 from inlay.methods.bottleneck.presets import PRESETS
 from tiny_models import output_of
 
@@ -120,7 +120,10 @@ def test_kronecker_is_a_sum_of_kronecker_products(rank: int | None) -> None:
         nn.init.normal_(parameter)
     w = layer.W if rank is None else layer.W_left @ layer.W_right
     h = sum(torch.kron(a, b) for a, b in zip(rule, w, strict=True))
-    torch.testing.assert_close(layer.project(x, rule, layer), x @ h + layer.bias, rtol=1e-4, atol=1e-4)
+    for down in (True, False):
+        part = part_of(layer, down, rule, layer, x)
+        y = part.down(x) if down else part.up(x)
+        torch.testing.assert_close(y, x @ h + layer.bias, rtol=1e-4, atol=1e-4)
 
 
 def test_kronecker_takes_the_cheaper_way() -> None:

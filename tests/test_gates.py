@@ -63,7 +63,9 @@ def test_a_gate_is_a_mean_over_positions() -> None:
     assert torch.allclose(open_gate(gate, x[0]), torch.sigmoid(gate(x[0])))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gptj"])  # of T5's entries, two layers may use the same
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama", "gptj"]
+)  # of T5's entries, two layers may use the same
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_constant_gate_scales_keys_and_values(name: str, attention: str) -> None:
     gated = shaken(get_peft_model(base(name, attention), prefix(use_gating=True, shared_gating=False)))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -81,7 +82,8 @@ class AdaptedOutput(AdaptedLayer):
             tree: Node = setting.composition
             if isinstance(self.kind, Embedded):
                 tree = invertible_part(self, setting.composition)
-            return after_composed(self, tree, x, y, self.after_norm)
+            with nullcontext() if self.residual is None else self.residual.sharing_sums():
+                return after_composed(self, tree, x, y, self.after_norm)
         return self._through(self.live_slots(setting), x, y)
 
     def acts(self) -> bool:
@@ -141,6 +143,10 @@ class AdaptedOutput(AdaptedLayer):
         """Return the normalisation that the model applies to ``y + r``, as it hangs there now; None where it has none."""
         place = self._norm_place()
         return None if place is None else place.module
+
+    def with_residual(self, y: Tensor, r: Tensor) -> Tensor:
+        """Return ``y + r``, which adapters that act together share."""
+        return y + r if self.residual is None else self.residual.sum_of(y, r)
 
     def pass_norm(self, h: Tensor) -> None:
         """Let the model go on with h in place of what its normalisation is about to put out."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -72,6 +73,7 @@ class Parked(threading.local):
 
     value: Any = None
     prompt: Any = None
+    sums: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 class Tap:
@@ -113,6 +115,25 @@ class ResidualTap(Tap):
         if self.layer.acts():
             assert self.layer.kind.sublayer is not None
             self.park(first_input(module, self.layer.kind.sublayer.argument, args, kwargs))
+
+    @contextmanager
+    def sharing_sums(self) -> Iterator[None]:
+        """Within the block, adapters that act on the same y and r share one ``y + r``, and what is kept of it for backward."""
+        self.parked.sums = []
+        try:
+            yield
+        finally:
+            self.parked.sums = None
+
+    def sum_of(self, y: Tensor, r: Tensor) -> Tensor:
+        """Return ``y + r``."""
+        if self.parked.sums is None:
+            return y + r
+        for left, right, made in self.parked.sums:
+            if left is y and right is r:
+                return made
+        self.parked.sums.append((y, r, y + r))
+        return self.parked.sums[-1][2]
 
 
 class NormTap(Tap):

@@ -8,7 +8,8 @@ not as the identity). A penalty ``regularization * ||I - W_v||^2`` keeps W_v nea
 
 Two things are simpler than in the authors' code, and the same function. The keys have no bias, which would add q . b_k to all
 scores alike, and a softmax does not see that. And neither keys nor values are formed for each member:
-q . (W_k u_i) = (W_k^T q) . u_i, and W_v is applied to the sum, so n members cost as many products as one. W_v starts as exactly
+q . (W_k u_i) = (W_k^T q) . u_i, and W_v is applied to the sum, so n members cost as many products as one (with many tokens,
+one product for W_k^T W_q, too). W_v starts as exactly
 the identity; the authors' code adds 1e-6 off the diagonal.
 Authors' code: https://github.com/adapter-hub/adapters
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ..composition import check_members
 from ..config import PeftConfig, PeftType
 from ..injection.walk import Place, Site
+from ..kernels.autocast import autocast_is_on
 from ..kinds import Embedding, LayerKind, Linear, Norm, Output
 from ..kinds.base import uninitialised
 from ..kinds.output import Embedded
@@ -113,8 +115,7 @@ class Fusion(Method, name="FUSION"):
         config: Any = slot.config
         to_query, to_key, to_value = (slot[f"fusion_{part}"] for part in ("query", "key", "value"))
         dtype = changes[0].dtype
-        asked = F.linear(query.to(dtype), to_query.weight.to(dtype), to_query.bias.to(dtype))
-        asked = asked @ to_key.weight.to(dtype)
+        asked = _asked(query.to(dtype), to_query.weight, to_query.bias, to_key.weight)
         exact = torch.promote_types(dtype, torch.float32)
         scores = torch.stack([(asked * u).sum(-1, dtype=exact) for u in changes], -1)
         shares = (scores / config.temperature).softmax(-1).to(dtype)
@@ -131,6 +132,18 @@ class Fusion(Method, name="FUSION"):
         far = [(torch.eye(len(w), device=w.device, dtype=w.dtype) - w).square().sum() for w in weights]
         total: Tensor = rate * torch.stack([term.to(far[0].device) for term in far]).sum()
         return total
+
+
+def _asked(query: Tensor, to_query: Tensor, bias: Tensor, to_key: Tensor) -> Tensor:
+    """Return ``W_k^T (W_q y + b_q)`` for ``y[..., out]``.
+
+    Where there are more tokens than features, ``W_k^T W_q`` is formed first: one product of that size instead of two, and one
+    tensor less that is kept for the backward pass.
+    """
+    if query.numel() <= to_query.numel() or autocast_is_on(query):
+        to_query, bias, to_key = (t.to(query.dtype) for t in (to_query, bias, to_key))
+        return F.linear(query, to_query, bias) @ to_key
+    return F.linear(query, (to_key.T @ to_query).to(query.dtype), (bias @ to_key).to(query.dtype))
 
 
 def _meeting_places(known: Mapping[str, Place], members: Sequence[str]) -> list[Site]:

@@ -15,8 +15,9 @@ Authors' code: https://github.com/XiangLi1999/PrefixTuning, https://github.com/T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -80,6 +81,7 @@ class PrefixEncoder(PromptModule):
         projected = config.prefix_projection and not config.inference_mode
         super().__init__(int(config.num_virtual_tokens or 0), d if projected else out)
         self.width = d
+        self.cuts: dict[str, Cut] = {}
         if projected:
             hidden = config.encoder_hidden_size or d
             self.transform = nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, out))
@@ -107,11 +109,41 @@ class PrefixEncoder(PromptModule):
 
     def entry(self, index: int) -> Tensor:
         """Return one of the ``2 layers`` blocks of the prefix, ``[n, token_dim]``, computing no other."""
-        rows = slice(index * self.width, (index + 1) * self.width)
         if not (self.computes and self.computes_anew()):
-            return self.prompt()[:, rows]
+            return self._cut("prompt", self.prompt(), 1)[index]
         last = cast("nn.Linear", self.transform[-1])
-        return linear(self.transform[:-1](self.embedding.weight), last.weight[rows], last.bias[rows])
+        weight, bias = self._cut("weight", last.weight, 0)[index], self._cut("bias", last.bias, 0)[index]
+        return linear(self.transform[:-1](self.embedding.weight), weight, bias)
+
+    def _cut(self, name: str, whole: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Return the ``2 layers`` blocks of a tensor.
+
+        A cut of a parameter is kept until the parameter changes, so that its gradient is put together once, instead of every
+        layer making one of the size of the whole, and adding it up. It keeps nothing of any pass through the model.
+        """
+        own = type(whole) is nn.Parameter and whole.requires_grad and torch.is_grad_enabled()
+        if not own or _being_traced():
+            return torch.split(whole, self.width, dim)
+        state = (whole._version, whole.data_ptr())
+        kept = self.cuts.get(name)
+        if kept is None or kept.whole is not whole or kept.state != state:
+            kept = self.cuts[name] = Cut(whole, state, torch.split(whole, self.width, dim))
+        return kept.blocks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"cuts": {}}
+
+
+class Cut(NamedTuple):
+    """A parameter, its version and address, and the blocks it was cut into."""
+
+    whole: Tensor
+    state: tuple[int, int]
+    blocks: tuple[Tensor, ...]
+
+
+def _being_traced() -> bool:
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 
 
 class PrefixTuning(InputMethod, name="PREFIX_TUNING"):

@@ -152,14 +152,16 @@ def _sdpa(
     front = site.live(query.shape[0]) if site is not None else None
     if front is not None and site is not None:
         length = query.shape[2]
-        causal = kwargs.get("is_causal")
+        causal, joined = kwargs.get("is_causal"), None
         if mask is None and length > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
             # SDPA would be told "causal" and align queries with the first keys, which are the prefix now. What a static
             # cache has beyond the queries is still empty.
             key, value = key[:, :, :length], value[:, :, :length]
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+            joined = site.prompts.causal_mask(query, front.tokens)
+            mask = None if front.allowed is None else joined[..., front.tokens :]
         kwargs = _with_bias(site, front.tokens, query, key, mask, kwargs)
-        mask = extended_mask(mask, front, key.shape[2], key)
+        whole = joined is not None and front.allowed is None
+        mask = joined if whole else extended_mask(mask, front, key.shape[2], key)
         key, value = front.before(key, value)
         kwargs["is_causal"] = False  # the mask says it all
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)

@@ -32,6 +32,10 @@ class Prompts:
         self.configs: dict[str, Any] = {}
         self.splicing: set[str] = set()  # names of the adapters that go into the attention
         self.changes: tuple[Splice, Shift] | None = None
+        self.kept_mask: tuple[tuple[Any, ...], Tensor] | None = None  # the last one of ``causal_mask``
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kept_mask": None}
 
     def __contains__(self, name: object) -> bool:
         return name in self.methods
@@ -127,6 +131,22 @@ class Prompts:
     def gates(self, name: str, layer: int, x: Tensor) -> Tensor:
         """Return what a layer's virtual keys and values are multiplied by, ``[batch, 2]``, given what it reads."""
         return self.methods[name].gates(self.encoder(name), self.configs[name], layer, x)
+
+    def causal_mask(self, query: Tensor, tokens: int) -> Tensor:
+        """Return a mask ``[1, 1, t, tokens + t]`` to add to scores: ``query[..., t, d]`` sees the prefix, and what is not later.
+
+        All layers share one: it is made once, and kept for backward once.
+        """
+        key = (query.shape[-2], tokens, query.dtype, query.device)
+        compiling, last = torch.compiler.is_compiling(), self.kept_mask
+        if last is not None and last[0] == key and not compiling:
+            return last[1]
+        with torch.inference_mode(False):  # it may serve training later
+            shut = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+            mask = shut.repeat(1, 1, query.shape[-2], tokens + query.shape[-2]).triu_(tokens + 1)
+        if not compiling:
+            self.kept_mask = key, mask
+        return mask
 
     def shift_now(self) -> int | tuple[int, ...]:
         """Return by how much the prefixes that are on move positions: one number, or one for each sample of a mixed batch."""

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blocks import open_gate, start_gate
@@ -30,11 +29,11 @@ from ...kinds import LayerKind, Output
 from ...kinds.output import Embedded
 from ...layers.output import AdaptedOutput
 from ...method import Column, Method, Slot
-from .activations import activation
-from .block import Kronecker, draw_rule, initialise, layer_norm, linear, new_projection
+from .block import Kronecker, draw_rule, initialise, layer_norm, new_projection
 from .config import PLACEMENTS, BottleneckConfig
 from .families import FAMILIES
 from .invertible import couple, embedding_sites, initialise_coupling, new_coupling, uncouple
+from .running import add_change
 from .sublayers import find_sublayers
 
 
@@ -179,65 +178,52 @@ class Bottleneck(Method, name="BOTTLENECK"):
         config: Any = slot.config
         if config.parallel or not config.original_ln_before:
             return x if config.parallel else y
-        norm = _model_norm(slot)
-        return y + x if norm is None else cast("Tensor", norm(y + x))
+        both, norm = cast("AdaptedOutput", slot.layer).with_residual(y, x), _model_norm(slot)
+        return both if norm is None else cast("Tensor", norm(both))
 
     def change(self, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
         config: Any = slot.config
         upon_y = config.parallel or config.residual_before_ln is True or not config.original_ln_before
         if not upon_y or not config.original_ln_after or config.adapter_residual_before_ln:
             return super().change(slot, x, y)
-        z, norm = self._change(slot, self.query(slot, x, y)), slot.get("adapter_norm_after")
+        if config.original_ln_before and not config.parallel:
+            read, model_norm = cast("AdaptedOutput", slot.layer).with_residual(y, x), _model_norm(slot)
+        else:
+            read, model_norm = self.query(slot, x, y), None
+        z, norm = add_change(slot, read, model_norm=model_norm), slot.get("adapter_norm_after")
         return (z if norm is None else layer_norm(norm, z)).to(y.dtype)
 
     def _parallel(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
-        z = self._change(slot, r)
-        if (norm := slot.get("adapter_norm_after")) is not None:
-            z = layer_norm(norm, z)
-        return _go_on(slot, y + z, r)
+        return _go_on(slot, _with_change(slot, r, y), r)
 
     def _series(self, slot: Slot, r: Tensor, y: Tensor) -> Tensor:
         config: Any = slot.config
         x = carried = y
-        with_residual = False  # whether ``carried`` is y + r
+        model_norm, with_residual = None, False  # whether ``carried`` is y + r
         if config.original_ln_before:
-            x = y + r
+            x = cast("AdaptedOutput", slot.layer).with_residual(y, r)
             model_norm = _model_norm(slot)
             if config.residual_before_ln == "post_add":
                 carried, with_residual = x, True
-            if model_norm is not None:
-                x = model_norm(x)
             if config.residual_before_ln is False:
-                carried, with_residual = x, model_norm is None
-        z = self._change(slot, x)
-        norm = slot.get("adapter_norm_after")
+                if model_norm is not None:
+                    x, model_norm = model_norm(x), None
+                carried, with_residual = x, _model_norm(slot) is None
         if config.adapter_residual_before_ln:
-            return _go_on(slot, layer_norm(norm, z + carried), r)
-        z = z if norm is None else layer_norm(norm, z)
+            z = add_change(slot, x, model_norm=model_norm)
+            return _go_on(slot, layer_norm(slot["adapter_norm_after"], z + carried), r)
         if with_residual and not config.original_ln_after and _model_norm(slot) is None:
-            return y + z  # the model adds r: leave it out here, instead of taking it off again
-        return _go_on(slot, carried + z, r)
+            # The model adds r: leave it out here, instead of taking it off again.
+            return _with_change(slot, x, y, model_norm)
+        return _go_on(slot, _with_change(slot, x, carried, model_norm), r)
 
-    def _change(self, slot: Slot, x: Tensor) -> Tensor:
-        """Return ``s f(x)``, dropped out and gated."""
-        config: Any = slot.config
-        norm, gate, given = slot.get("adapter_norm_before"), slot.get("adapter_gate"), x
-        if norm is not None:
-            x = layer_norm(norm, x)
-        z = _project(slot, "adapter_up", activation(config.non_linearity)(_project(slot, "adapter_down", x)))
-        scaling = slot.get("adapter_scaling")
-        if scaling is not None:
-            z = z * scaling.to(z.dtype)
-        elif slot["scaling"] != 1.0:
-            z = z * slot["scaling"]
-        if slot.layer.training and config.dropout:
-            z = F.dropout(z, config.dropout)
-        if gate is not None:
-            z = z * open_gate(gate, given)
-        if slot.layer.training and config.stochastic_depth:
-            kept = torch.empty(z.shape[0], *[1] * (z.dim() - 1), device=z.device, dtype=z.dtype)
-            z = z * kept.bernoulli_(1 - config.stochastic_depth) / (1 - config.stochastic_depth)
-        return z
+
+def _with_change(slot: Slot, x: Tensor, carried: Tensor, model_norm: nn.Module | None = None) -> Tensor:
+    """Return ``carried + s f(x)``, normalised by the adapter itself before it is added where the configuration says so."""
+    norm = slot.get("adapter_norm_after")
+    if norm is None:
+        return add_change(slot, x, carried, model_norm)
+    return carried + layer_norm(norm, add_change(slot, x, model_norm=model_norm))
 
 
 def _go_on(slot: Slot, h: Tensor, r: Tensor) -> Tensor:
@@ -252,17 +238,6 @@ def _go_on(slot: Slot, h: Tensor, r: Tensor) -> Tensor:
 
 def _model_norm(slot: Slot) -> nn.Module | None:
     return cast("AdaptedOutput", slot.layer).norm()
-
-
-def _project(slot: Slot, name: str, x: Tensor) -> Tensor:
-    """Run one of the two projections."""
-    projection, config = slot[name], cast("Any", slot.config)
-    if not isinstance(projection, Kronecker):
-        return linear(projection, x)
-    keeper = slot.shared or slot
-    rule = keeper["adapter_rule"] if config.shared_phm_rule else slot[f"{name}_rule"]
-    factors = keeper[name] if config.shared_W_phm else projection
-    return projection.project(x, rule, factors)
 
 
 def _size(config: BottleneckConfig, kind: Output, path: str) -> int:

@@ -26,6 +26,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x,
 }
 
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_new": lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+    "swish": torch.ops.aten.silu_backward,
+}
+"""Gradients of the usual ones, given that of the result and the input, without an autograd graph."""
+
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Return the function of a name.

@@ -8,13 +8,13 @@ low rank    y = (x left) right + b                                  LowRankLinea
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...blocks import LowRankLinear, low_rank_linear
+from ...blocks import LowRankLinear
 from ...kinds import uninitialised
 
 
@@ -44,7 +44,8 @@ class Kronecker(nn.Module):
             self.W_right = nn.Parameter(torch.empty(n, rank, q, **where))
         self.bias = nn.Parameter(torch.empty(width_out, **where)) if bias else None
         # Multiplications for one vector: through the factors, or with H; forming H is paid for once in a forward pass.
-        through = n * (rank or 0) * (width_in + width_out) + (n * n * (rank or 0)) ** 2
+        wide, narrow = max(width_in, width_out), min(width_in, width_out)
+        through = n * (rank or 0) * (wide + n * narrow)
         self.through_factors = rank is not None and through < width_in * width_out
 
     def forget_factors(self) -> None:
@@ -52,32 +53,92 @@ class Kronecker(nn.Module):
         for name in [name for name in self._parameters if name != "bias"]:
             del self._parameters[name]
 
-    def project(self, x: Tensor, rule: Tensor, factors: Kronecker) -> Tensor:
-        """Return ``x H + b``.
-
-        Args:
-            x: ``[..., in]``.
-            rule: A ``[n, n, n]``.
-            factors: the layer that has W, this one or another.
-        """
-        rule = rule.to(x.device, x.dtype)
-        y = factors._through_factors(x, rule) if self.through_factors else x @ factors._matrix(x, rule)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    def _through_factors(self, x: Tensor, rule: Tensor) -> Tensor:
-        left, right = self.W_left.to(x.device, x.dtype), self.W_right.to(x.device, x.dtype)
-        n, r = left.shape[0], left.shape[2]
-        eye_n, eye_r = (torch.eye(size, device=x.device, dtype=x.dtype) for size in (n, r))
-        mix = torch.einsum("iab,ij,kl->aikbjl", rule, eye_n, eye_r).reshape(n * n * r, n * n * r)
-        # x is n rows of in/n: each row through all W_left at once, all rows through A, each row through all W_right.
-        narrow = x.reshape(*x.shape[:-1], n, -1) @ left.transpose(0, 1).flatten(1)
-        mixed = (narrow.flatten(-2) @ mix).reshape(*x.shape[:-1], n, n * r)
-        return (mixed @ right.flatten(0, 1)).flatten(-2)
-
-    def _matrix(self, x: Tensor, rule: Tensor) -> Tensor:
-        w = self.W if self.rank is None else self.W_left @ self.W_right
-        w = w.to(x.device, x.dtype)
+    def matrix(self, rule: Tensor, factors: Kronecker) -> Tensor:
+        """Return ``H[in, out]``, given A ``[n, n, n]`` and the layer that has W, this one or another."""
+        w = factors.W if factors.rank is None else factors.W_left @ factors.W_right
         return torch.einsum("iab,ipq->apbq", rule, w).reshape(self.n * w.shape[1], self.n * w.shape[2])
+
+    def down(self, rule: Tensor, factors: Kronecker) -> Part:
+        """Return the projection as one that reads what is wide: all W_left at once, then A and W_right in one matrix."""
+        if not self.through_factors:
+            return Part(self.matrix(rule, factors).T, self.bias)
+        left, right = factors.W_left, factors.W_right
+        n, r = left.shape[0], left.shape[2]
+        mix = torch.einsum("iab,ikq->aikbq", rule, right).reshape(n * n * r, -1)
+        return Part(left.transpose(1, 2).reshape(n * r, -1), None, mix, self.bias)
+
+    def up(self, rule: Tensor, factors: Kronecker) -> Part:
+        """Return the projection as one that puts out what is wide: W_left and A in one matrix, then all W_right at once."""
+        if not self.through_factors:
+            return Part(self.matrix(rule, factors).T, self.bias)
+        left, right = factors.W_left, factors.W_right
+        n, r = left.shape[0], left.shape[2]
+        mix = torch.einsum("iab,ipk->apbik", rule, left).reshape(-1, n * n * r)
+        return Part(right.flatten(0, 1).T, self.bias, mix)
+
+
+class Part(NamedTuple):
+    """One of the two projections of a bottleneck, as a wide product and perhaps a narrow one on the bottleneck's side.
+
+    Attributes:
+        wide: ``D[k, p]`` on the way down, for rows of p numbers of the input; ``U[q, m]`` on the way up, for rows of the output.
+        bias: of the wide side's output.
+        mix: ``[rows k, b]`` on the way down, ``[b, rows m]`` on the way up; None where the wide product is all.
+        mix_bias: of the mix on the way down.
+    """
+
+    wide: Tensor
+    bias: Tensor | None
+    mix: Tensor | None = None
+    mix_bias: Tensor | None = None
+
+    def down(self, x: Tensor) -> Tensor:
+        """Return the bottleneck's input ``[..., b]`` for ``x[..., in]``."""
+        return self.mixed(_by_rows(x, self.wide, self.bias))
+
+    def mixed(self, s: Tensor) -> Tensor:
+        """Return what the narrow product of the way down makes of the wide one's result."""
+        return s if self.mix is None else F.linear(s, self.mix.to(s.dtype).T, _to(self.mix_bias, s))
+
+    def up(self, a: Tensor) -> Tensor:
+        """Return ``[..., out]`` for what comes out of the bottleneck, ``a[..., b]``."""
+        if self.mix is None:
+            return F.linear(a, self.wide.to(a.dtype), _to(self.bias, a))
+        out = _by_rows(a @ self.mix.to(a.dtype), self.wide, None)
+        return out if self.bias is None else out + self.bias.to(a.dtype)
+
+
+def part_of(projection: nn.Module, down: bool, rule: Tensor | None, factors: nn.Module, like: Tensor) -> Part:
+    """Return a projection of any form.
+
+    Args:
+        projection: one of the three forms.
+        down: which way it goes.
+        rule: A, of a Kronecker product.
+        factors: the layer that has its W.
+        like: a tensor on the device where it is to run.
+    """
+    if isinstance(projection, Kronecker):
+        assert rule is not None and isinstance(factors, Kronecker)
+        made = (projection.down if down else projection.up)(rule.to(like.device), factors)
+        moved: Any = [t if t is None else t.to(like.device) for t in made]
+        return Part(*moved)
+    if isinstance(projection, LowRankLinear):
+        left, right, bias = projection.weight_left, projection.weight_right, projection.bias
+        return Part(left.T, None, right, bias) if down else Part(right.T, bias, left)
+    assert isinstance(projection, nn.Linear)
+    return Part(projection.weight, projection.bias)
+
+
+def _by_rows(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x[..., i p]``, each of its i rows through ``w[k, p]``: ``[..., i k]``."""
+    if x.shape[-1] == w.shape[1]:
+        return F.linear(x, w.to(x.dtype), _to(bias, x))
+    return F.linear(x.reshape(*x.shape[:-1], -1, w.shape[1]), w.to(x.dtype)).flatten(-2)
+
+
+def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
 
 
 def new_projection(config: Any, width_in: int, width_out: int, path: str, where: dict[str, Any]) -> nn.Module:
@@ -101,12 +162,9 @@ def new_projection(config: Any, width_in: int, width_out: int, path: str, where:
     )
 
 
-def linear(layer: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Run a layer in the dtype of its input, whatever its own is."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    if isinstance(layer, LowRankLinear):
-        return low_rank_linear(x, layer.weight_left.to(x.dtype), layer.weight_right.to(x.dtype), bias)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    return F.linear(x, layer.weight.to(x.dtype), _to(layer.bias, x))
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
