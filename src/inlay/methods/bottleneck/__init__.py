@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...blocks import open_gate, start_gate
+from ...blocks import start_gate
 from ...injection.targets import find_targets, matches
 from ...injection.walk import Place, Site
 from ...kinds import LayerKind, Output
