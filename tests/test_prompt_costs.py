@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from inlay import PrefixTuningConfig, get_peft_model
-from prompt_models import BUILDERS
+from prompt_models import build
 
 
 def model_of(name: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     return get_peft_model(
-        BUILDERS[name](), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **settings)
+        build(name).train(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **settings)
     )
 
 
