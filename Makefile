@@ -13,7 +13,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	test_prompts test_prompts_life test_prompts_training test_bottleneck_models test_composition_bottleneck \
-	test_adapterhub test_trainer peft_cross/test_prompts cli/test_methods_reached))
+	test_adapterhub test_trainer test_reft test_reft_positions peft_cross/test_prompts cli/test_methods_reached))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -181,7 +181,8 @@ def test_a_part_that_checkpointing_runs_again_is_refused() -> None:
     model(**inputs("gpt2", "left")).logits.sum().backward()  # without checkpointing it may be a part
     model.gradient_checkpointing_enable()
     out = model(**inputs("gpt2", "left")).logits.sum()
-    with pytest.raises(RuntimeError, match="adapt whole blocks"):
+    # Blocks of transformers 4 take the mask along, which then tells too little.
+    with pytest.raises((RuntimeError, ValueError), match="adapt whole blocks|cannot tell padding"):
         out.backward()
 
 

@@ -74,7 +74,9 @@ class Reader:
         found = replace(outer, found={}, shifted=self.shifted or outer.shifted)
         cache = given.get("past_key_values")
         if self.text and cache is not None:  # further inside, a block before this one may have filled it
-            found.past = cached_length(cache)
+            # transformers 4 says where it is; its static caches count keys that are not zero, as those of padding may be.
+            told = given.get("cache_position")
+            found.past = told[0] if isinstance(told, Tensor) and told.dim() == 1 else cached_length(cache)
         if self.answers and isinstance(labels := given.get("labels"), Tensor) and labels.dim() == 2:
             found.answers = labels != IGNORED
         if found.prompt is not None:
