@@ -182,7 +182,7 @@ def test_a_part_that_checkpointing_runs_again_is_refused() -> None:
     model.gradient_checkpointing_enable()
     out = model(**inputs("gpt2", "left")).logits.sum()
     # Blocks of transformers 4 take the mask along, which then tells too little.
-    with pytest.raises((RuntimeError, ValueError), match="adapt whole blocks|cannot tell padding"):
+    with pytest.raises((RuntimeError, ValueError), match=r"adapt whole blocks|cannot tell padding"):
         out.backward()
 
 
