@@ -53,11 +53,6 @@ def test_a_wrong_value_is_one_clear_error(
         make(**values)
 
 
-def test_the_gated_lora_without_modules_is_refused() -> None:
-    with pytest.raises(ValueError, match="sits on modules that you name"):
-        BottleneckConfig.preset("gated_lora")
-
-
 def test_dropout_on_an_mlp_is_not_ignored_in_silence() -> None:
     with pytest.warns(PeftWarning, match="encoder_dropout=0.2 has no effect on an MLP"):
         PromptEncoderConfig(num_virtual_tokens=2, encoder_dropout=0.2)

@@ -145,12 +145,7 @@ class BottleneckConfig(PeftConfig):
         Raises:
             ValueError: there is no such preset, or as for the configuration itself.
         """
-        values = preset_fields(name) | changes
-        if name == "gated_lora" and not (values.get("target_modules") or values.get("placement")):
-            raise ValueError(
-                "the preset 'gated_lora' sits on modules that you name: target_modules=['query', 'value']"
-            )
-        return cls(**values)
+        return cls(**(preset_fields(name) | changes))
 
     @staticmethod
     def preset_names() -> list[str]:
