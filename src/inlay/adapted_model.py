@@ -160,7 +160,14 @@ class AdaptedModel(MergeableModel):
             ValueError: there is no such adapter or block of the model, blocks are nested in a way that has no meaning, or more
                 than single adapters in order is asked for while adapters are merged. Nothing is changed then.
         """
-        choice, skipped = choose(adapter_name, self.peft_config), frozenset(skip_layers)
+        skipped = (
+            frozenset(skip_layers) if isinstance(skip_layers, Iterable) else frozenset([str(skip_layers)])
+        )
+        if not all(isinstance(i, int) for i in skipped):
+            raise ValueError(
+                f"skip_layers={skip_layers!r} must be numbers of blocks, such as [0, 1] or range(2)"
+            )
+        choice = choose(adapter_name, self.peft_config)
         self._check_skipped(skipped, choice.active)
         if choice.composition is not None or skipped:
             self._check_not_merged("a composition" if choice.composition is not None else "skip_layers")

@@ -63,3 +63,28 @@ def test_a_method_that_cannot_train_the_head_says_so(
     tokens = ["--method", "trainable-tokens", "--method.token-indices", "[1]"]
     assert main([str(word) for word in [*words, *tokens]]) == 2
     assert "cannot train bert.pooler, classifier" in capsys.readouterr().err
+
+
+def test_a_preset_is_reached_and_its_options_can_be_changed(
+    models: Files, data: Files, inlay: Run, training: Words
+) -> None:
+    words = training(models["bert"], "text-classification", data["dev"], "--max-steps", 1)
+    # 16 is the default of the method, but not of the preset: it is a change all the same.
+    own = ["--method.preset", "par_bn", "--method.reduction-factor", 16, "--method.dropout", 0.25]
+    inlay(*words, "--method", "bottleneck", *own)
+    folder = Path(words[words.index("--output-dir") + 1])
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    found = [config[name] for name in ("parallel", "scaling", "reduction_factor", "dropout")]
+    assert found == [True, 4.0, 16, 0.25]
+    assert "preset: par_bn" in (folder / "config.yaml").read_text()
+
+
+def test_an_unknown_preset_says_which_there_are(
+    models: Files, data: Files, training: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inlay.cli.main import main
+
+    words = training(models["bert"], "text-classification", data["train"], "--max-steps", 1)
+    preset = ["--method", "reft", "--method.preset", "lorefft"]
+    assert main([str(word) for word in [*words, *preset]]) == 2
+    assert "unknown preset 'lorefft'; did you mean 'loreft'?" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def adapt(model: nn.Module, options: Train, task: Task, fresh: list[str], steps:
     if name in catalogue.BASELINES:
         return _baseline(model, name, fresh)
     values = catalogue.FIXED.get(name, {}) | options.method.options
-    config_class = catalogue.method_configs()[name]
+    config_class: Any = catalogue.method_configs()[name]
     known = {f.name for f in fields(config_class)}
     if task.task_type is None:  # image classification, whose head no task type names
         fresh = fresh or _heads(model)
@@ -44,7 +44,10 @@ def adapt(model: nn.Module, options: Train, task: Task, fresh: list[str], steps:
     if "total_step" in known:
         values.setdefault("total_step", steps)
     with told_as(f"--method {name}"):
-        config = config_class(task_type=task.task_type, revision=options.revision, **values)
+        make = config_class.preset if "preset" in values else config_class
+        if "preset" in values:
+            values["name"] = values.pop("preset")
+        config = make(task_type=task.task_type, revision=options.revision, **values)
         _choose_targets(model, config, heads)
         return inlay.get_peft_model(model, config)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from .errors import UserError, did_you_mean, one_line
+from .errors import UserError, did_you_mean, one_line, told_as
 
 BASELINES = {
     "full": "train all weights of the model: the expensive yardstick",
@@ -80,6 +80,26 @@ def default_of(f: Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
+def preset_names(name: str) -> list[str]:
+    """Return the presets of a method by their names, other names included; none for a method that has no presets."""
+    config: Any = method_configs()[name]
+    return sorted(config.preset_names()) if hasattr(config, "preset_names") else []
+
+
+def preset_options(name: str, preset: str) -> dict[str, Any]:
+    """Return what a preset of a method sets its options to; nothing for a method without presets.
+
+    Raises:
+        UserError: the method has no such preset.
+    """
+    config: Any = method_configs()[name]
+    if not preset or not preset_names(name):
+        return {}
+    with told_as("--method"):
+        fields_of_it: dict[str, Any] = config.preset_fields(preset)
+    return fields_of_it
+
+
 def option_types(name: str) -> dict[str, Any]:
     """Return the type of each field of a method's configuration."""
     return typing.get_type_hints(method_configs()[name])
@@ -108,24 +128,26 @@ def summary(name: str) -> str:
     return (module.__doc__ or "").strip().partition("\n")[0]
 
 
-def chosen_method(argv: Sequence[str]) -> str:
-    """Return the method that a command line or its YAML file names; empty where neither does."""
+def chosen_method(argv: Sequence[str]) -> tuple[str, str]:
+    """Return the method, and its preset, that a command line or its YAML file names; empty where neither does."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--method", "--method.name", dest="method")
+    peek.add_argument("--method.preset", dest="preset")
     peek.add_argument("--config", action="append", default=[])
     try:
         seen, _ = peek.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(one_line(error)) from None
-    for path in reversed(seen.config if seen.method is None else []):
+    name, preset = seen.method, seen.preset
+    for path in reversed(seen.config):
         method = _read_yaml(path).get("method")
-        if isinstance(method, str):
+        if isinstance(method, str) and name is None:
             raise UserError(
                 f"{path}: write 'method: {{name: {method}}}', because a method's options stand beside its name"
             )
-        if isinstance(method, dict) and "name" in method:
-            return str(method["name"])
-    return seen.method or ""
+        if isinstance(method, dict):
+            name, preset = name or method.get("name"), preset or method.get("preset")
+    return str(name or ""), str(preset or "")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

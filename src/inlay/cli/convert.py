@@ -10,12 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from inlay import PeftConfig, load_peft_weights
+from inlay import PeftConfig, PeftModel, TaskType, load_peft_weights
 from inlay.adapterhub import Part, parts_of, write_adapterhub, write_union
 from inlay.adapterhub.folder import describe, read_folder
 from inlay.adapterhub.fusion import where_members_sit
 from inlay.adapterhub.load import FUSION
 from inlay.adapterhub.setup import SETUP_NAME, read_setup, write_setup
+from inlay.auto import AUTO_CLASS_OF
 from inlay.composition import names_in
 from inlay.composition.choice import is_fusion
 from inlay.files.folder import read_state, write_state, write_tensors
@@ -90,7 +91,17 @@ def _part(adapter: Path) -> Part:
 def _structure_for(adapter: Path, config: PeftConfig, model: str | None) -> nn.Module:
     """Return an adapter's base model without weights, in the class that it was trained in."""
     trained_on = (config.auto_mapping or {}).get("base_model_class")
-    return structure_of(base_of(adapter, model), config.revision if model is None else None, trained_on)
+    place, revision = base_of(adapter, model), config.revision if model is None else None
+    if trained_on is None and config.task_type is not None:
+        trained_on = _class_for_task(load_config(place, revision), config.task_type)
+    return structure_of(place, revision, trained_on)
+
+
+def _class_for_task(config: Any, task: str) -> str | None:
+    """Return the name of a model's class with the head of a task, which is what an adapter for this task was trained in."""
+    auto = AUTO_CLASS_OF.get(PeftModel.for_task[TaskType(task)])
+    known = getattr(getattr(transformers, auto or "", None), "_model_mapping", {})
+    return known[type(config)].__name__ if type(config) in known else None
 
 
 def _from_adapterhub(

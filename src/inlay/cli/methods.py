@@ -31,6 +31,10 @@ def run(options: Methods) -> None:
     )
     if options.name in catalogue.BASELINES:
         return
+    if presets := catalogue.preset_names(options.name):
+        print("\n--method.preset  (default: None)")
+        known = f"a known configuration, whose values the other options change: {', '.join(presets)}"
+        print(textwrap.fill(known, 100, initial_indent="    ", subsequent_indent="    "))
     told = catalogue.option_help(options.name)
     for f in catalogue.own_options(options.name):
         if f.name in told:

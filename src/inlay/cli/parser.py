@@ -40,9 +40,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     words = list(argv) or ["--help"]
     command = next((word for word in words if not word.startswith("-")), "")
     parsers = {name: _command_parser(name, options) for name, options in COMMANDS.items()}
-    method = _method_of(words) if command == "train" else ""
+    method, preset = _method_of(words) if command == "train" else ("", "")
     if method:
-        _add_method_options(parsers["train"], method)
+        _add_method_options(parsers["train"], method, preset)
     top = ArgumentParser(prog="inlay", description=WELCOME, exit_on_error=False)
     commands = top.add_subcommands(required=True, dest="command")
     for name, parser in parsers.items():
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise UserError(explained(str(error), command, chosen, COMMANDS)) from None
     options = _filled(COMMANDS[command], values[command])
     if method:
-        options.method.options = _given_for_method(method, values[command]["method"])
+        options.method.options = _given_for_method(method, preset, values[command]["method"])
     return command, options
 
 
@@ -94,26 +94,34 @@ def _add_options(parser: ArgumentParser, options: type, prefix: str, groups: dic
             group.add_argument(_flag(prefix + f.name), type=hint, required=f.metadata["required"], **known)
 
 
-def _add_method_options(parser: ArgumentParser, name: str) -> None:
+def _add_method_options(parser: ArgumentParser, name: str, preset: str) -> None:
     group = parser.add_argument_group(f"options of {name}")
     types, told = catalogue.option_types(name), catalogue.option_help(name)
+    usual = catalogue.preset_options(name, preset)
+    if presets := catalogue.preset_names(name):
+        group.add_argument(
+            "--method.preset",
+            type=str | None,
+            default=None,
+            help=f"a known configuration, whose values the other options change: {', '.join(presets)}",
+        )
     for f in catalogue.own_options(name):
         group.add_argument(
             _flag(f"method.{f.name}"),
             type=types[f.name],
-            default=catalogue.default_of(f),
+            default=usual.get(f.name, catalogue.default_of(f)),
             help=told.get(f.name, ""),
         )
 
 
-def _method_of(words: Sequence[str]) -> str:
-    """Return the method whose options are on the line; none for general help, which then needs no torch."""
-    name = catalogue.chosen_method(words)
+def _method_of(words: Sequence[str]) -> tuple[str, str]:
+    """Return the method whose options are on the line, and its preset; none for general help, which then needs no torch."""
+    name, preset = catalogue.chosen_method(words)
     if not name and {"-h", "--help"} & set(words):
-        return ""
+        return "", ""
     name = name or Chosen().name
     catalogue.check_method(name)
-    return "" if name in catalogue.BASELINES else name
+    return ("", "") if name in catalogue.BASELINES else (name, preset)
 
 
 def _flag(name: str) -> str:
@@ -153,10 +161,10 @@ def _plain(value: Any) -> Any:
     return value if number is None else number(value)
 
 
-def _given_for_method(name: str, values: Namespace) -> dict[str, Any]:
-    """Return the method's options that are not at their default."""
+def _given_for_method(name: str, preset: str, values: Namespace) -> dict[str, Any]:
+    """Return the method's options that are not at their default, which a preset changes."""
     bare = ArgumentParser()
-    _add_method_options(bare, name)
+    _add_method_options(bare, name, preset)
     usual = vars(bare.parse_args([])["method"])
     changed = {key: value for key, value in vars(values).items() if key in usual and value != usual[key]}
     return {key: value.as_dict() if isinstance(value, Namespace) else value for key, value in changed.items()}

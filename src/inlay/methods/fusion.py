@@ -63,6 +63,10 @@ class FusionConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.members, str):
+            raise ValueError(
+                f"members={self.members!r} must be a list of adapters' names, such as ['a', 'b']"
+            )
         self.members = list(self.members)
         check_members(self.members)
         if self.regularization < 0:

@@ -62,12 +62,15 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = PromptEncoderReparameterizationType(
             self.encoder_reparameterization_type
         )
-        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
-            warnings.warn(
-                f"encoder_num_layers={self.encoder_num_layers} has no effect on an MLP; it is for 'LSTM'",
-                PeftWarning,
-                stacklevel=3,
-            )
+        for name in ("encoder_hidden_size", "encoder_num_layers"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive whole number")
+        for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0.0)):
+            if self.encoder_reparameterization_type == "MLP" and (value := getattr(self, name)) != usual:
+                warnings.warn(
+                    f"{name}={value} has no effect on an MLP; it is for 'LSTM'", PeftWarning, stacklevel=3
+                )
 
 
 class PromptEncoder(PromptModule):

@@ -26,6 +26,7 @@ from ..config import PeftType
 from ..input_method import InputMethod
 from ..prompts.config import PromptLearningConfig, settle_common, text_config
 from ..prompts.encoder import PromptModule
+from .field_values import check_switches
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         super().__post_init__()
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r} is unknown; it is None or 'zero'")
+        check_switches(self, "prefix_projection", "shift_positions", "use_gating", "shared_gating")
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

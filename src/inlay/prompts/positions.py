@@ -120,9 +120,10 @@ def check_room(module: nn.Module, virtual: int, own: int) -> None:
             skipped = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
             room = table.num_embeddings - skipped
             if virtual + own > room:
+                cut = f"cut inputs to {room - virtual} tokens, or " if virtual < room else ""
                 raise ValueError(
                     f"{virtual} virtual tokens in front of {own} need {virtual + own} positions, but the model has learnt "
-                    f"{room}; cut inputs to {room - virtual} tokens, or use fewer virtual ones (num_virtual_tokens)"
+                    f"{room}; {cut}use fewer virtual ones (num_virtual_tokens)"
                 )
 
 

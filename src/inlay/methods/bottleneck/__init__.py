@@ -63,6 +63,7 @@ class Bottleneck(Method, name="BOTTLENECK"):
                 "or describe the blocks with inlay.register_family(Family(...))"
             )
         blocks = 1 + max(f.block for f in found)
+        _check_named_blocks(config, blocks)
         if beyond := [i for i in config.leave_out if i >= blocks]:
             raise ValueError(
                 f"leave_out={beyond} names blocks that there are not: the model has {blocks}, from 0"
@@ -254,6 +255,17 @@ def _size(config: BottleneckConfig, kind: Output, path: str) -> int:
             raise ValueError(f"{field} has no entry for block {kind.index} ({path}) and no 'default'")
         given = number
     return int(given) if field == "bottleneck_size" else max(1, int(kind.out_features // given))
+
+
+def _check_named_blocks(config: BottleneckConfig, blocks: int) -> None:
+    """Raise ValueError if sizes are given for blocks that the model does not have."""
+    for name in ("reduction_factor", "bottleneck_size"):
+        given = getattr(config, name)
+        numbers = [key for key in given if key != "default"] if isinstance(given, dict) else []
+        if beyond := [key for key in numbers if int(key) >= blocks]:
+            raise ValueError(
+                f"{name} names blocks {beyond} that there are not: the model has {blocks}, from 0"
+            )
 
 
 def _output_of(place: Place, config: BottleneckConfig) -> Output:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftConfig, PeftType
+from ..field_values import check_block_numbers, check_share, check_switches
 from .activations import activation
-from .presets import preset_fields
+from .presets import ALIASES, PRESETS, preset_fields
 
 PLACEMENTS: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
@@ -24,6 +26,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "inv_adapter": ("nice", None),
 }
 """The values of fields that have few."""
+SWITCHES = (
+    "parallel", "original_ln_before", "original_ln_after", "adapter_residual_before_ln", "ln_before", "ln_after", "use_gating",
+    "phm_layer", "factorized_phm_W", "shared_phm_rule", "shared_W_phm", "learn_phm", "phm_bias",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -141,6 +147,20 @@ class BottleneckConfig(PeftConfig):
         """
         return cls(**(preset_fields(name) | changes))
 
+    @staticmethod
+    def preset_names() -> list[str]:
+        """Return the names that ``preset`` takes."""
+        return [*PRESETS, *ALIASES]
+
+    @staticmethod
+    def preset_fields(name: str) -> dict[str, Any]:
+        """Return the fields that a preset sets.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        return preset_fields(name)
+
     def _check_values(self) -> None:
         if str(self.inv_adapter) == "glow":
             raise ValueError(
@@ -151,9 +171,9 @@ class BottleneckConfig(PeftConfig):
             if not any(value == k and type(value) is type(k) for k in known):
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
         activation(self.non_linearity)
+        check_switches(self, *SWITCHES)
         for name in ("dropout", "stochastic_depth"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0 and below 1")
+            check_share(name, getattr(self, name))
         for name in ("reduction_factor", "bottleneck_size", "inv_adapter_reduction_factor"):
             _check_sizes(name, getattr(self, name))
         for name in ("phm_dim", "phm_rank", "low_rank", "hidden_size"):
@@ -162,13 +182,17 @@ class BottleneckConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
         if self.phm_init_range <= 0:
             raise ValueError(f"phm_init_range={self.phm_init_range!r} must be positive")
-        numeric = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        if not numeric and self.scaling not in ("learned", "channel"):
-            raise ValueError(f"scaling={self.scaling!r} must be a number, 'learned' or 'channel'")
-        if wrong := [i for i in self.leave_out if not isinstance(i, int) or i < 0]:
-            raise ValueError(f"leave_out={wrong!r} must hold numbers of blocks, counted from 0")
+        scaling: Any = self.scaling
+        numeric = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        if scaling not in ("learned", "channel") and not (numeric and math.isfinite(scaling)):
+            raise ValueError(f"scaling={scaling!r} must be a finite number, 'learned' or 'channel'")
+        self.leave_out = check_block_numbers("leave_out", self.leave_out)
 
     def _check_together(self) -> None:
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} names no module; leave it out to adapt a transformer's sub-layers"
+            )
         if self.placement is not None and self.target_modules:
             raise ValueError(
                 f"placement={self.placement!r} and target_modules both say where the adapters go; give one of them"
@@ -221,4 +245,4 @@ def _check_sizes(name: str, value: Any) -> None:
         whole = name == "bottleneck_size"
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not number or value <= 0:
-            raise ValueError(f"{name}={value!r} must be {'a positive whole number' if whole else 'positive'}")
+            raise ValueError(f"{name}={value!r} must be a positive {'whole number' if whole else 'number'}")

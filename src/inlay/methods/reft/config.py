@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ...config import PeftConfig, PeftType
 from ..bottleneck.activations import activation
+from ..field_values import check_share, check_switches
 
 PRESETS: dict[str, dict[str, Any]] = {
     "loreft": {},
@@ -74,8 +75,8 @@ class ReftConfig(PeftConfig):
                 "prefix_positions=0 and suffix_positions=0 leave no position to change; set one of them"
             )
         self._check_layers()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        check_share("dropout", self.dropout)
+        check_switches(self, "orthogonality", "subtract_projection", "tied_weights")
         if self.non_linearity is not None:
             activation(self.non_linearity)
         if self.init_reft_weights not in ("random", "identity"):
@@ -91,7 +92,7 @@ class ReftConfig(PeftConfig):
     def _check_layers(self) -> None:
         if self.layers == "all":
             return
-        if isinstance(self.layers, str) or not self.layers:
+        if not isinstance(self.layers, (list, tuple, set, range)) or not self.layers:
             raise ValueError(f"layers={self.layers!r} must be 'all' or a list of the numbers of blocks")
         self.layers = list(self.layers)
         for number in self.layers:
@@ -108,12 +109,26 @@ class ReftConfig(PeftConfig):
         Raises:
             ValueError: there is no such form, or as for the configuration itself.
         """
+        return cls(**(cls.preset_fields(name) | changes))
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """Return the names that ``preset`` takes."""
+        return list(PRESETS)
+
+    @staticmethod
+    def preset_fields(name: str) -> dict[str, Any]:
+        """Return the fields that a preset sets.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
         if name not in PRESETS:
             near = difflib.get_close_matches(str(name), PRESETS, n=1)
             raise ValueError(
                 f"unknown preset {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})"
             )
-        return cls(**(PRESETS[name] | changes))
+        return dict(PRESETS[name])
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
