@@ -117,9 +117,9 @@ def works_on(config: PeftConfig, layer: nn.Module, x: Tensor) -> bool:
             model.merge_adapter()
             assert torch.allclose(model(x), adapted, atol=1e-4)
             model.unmerge_adapter()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         with model.disable_adapter():
             assert torch.allclose(model(x), layer(x), atol=1e-5)
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     return True
 
 
