@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -59,13 +59,20 @@ def new_model(
 
         return new_model(chosen, model, first, member, there, add_fusion)
     trained = [p for p in model.parameters() if p.requires_grad]
+    known = vars(model).get("peft_config")
     made = chosen(model, saved.config, name, loading.autocast_adapter_dtype, loading.low_cpu_mem_usage)
+    carried = [other for other in made.peft_config if other != name]  # another PeftModel's, on the same base
     try:
         _put(made, name, saved, loading, resume=loading.is_trainable)
         on: Active = [name, *_take_in_others(made, name, saved, loading)]
         made.set_adapter(on if add is None else add(made), inference_mode=not loading.is_trainable)
     except BaseException:
-        made.unload()
+        if carried:
+            for own in [own for own in reversed(made.peft_config) if own not in carried]:
+                made.delete_adapter(own)
+            cast("Any", model).peft_config = known
+        else:
+            made.unload()
         for p in trained:
             p.requires_grad_(True)
         raise
