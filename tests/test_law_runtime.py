@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inlay import LoraConfig, PeftModel, get_peft_model
+from inlay import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
+from inlay.methods.bottleneck.block import Kronecker
 from law_cases import KINDS, METHODS, ON_OUTPUTS, KindCase, MethodCase
 from law_checks import assert_close, seeded, train
 from law_reference import adapted, add
@@ -308,3 +309,49 @@ def test_runs_on_the_meta_device(method: MethodCase) -> None:
     assert (y.device.type, y.shape) == ("meta", wanted.shape)
     add(model, "other", method, kind)  # is made where the model is now
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_gradients_and_changed_values_after_inference_mode(method: MethodCase) -> None:
+    """What is kept between evaluations, such as DoRA's norm, serves training too, and no longer than its values hold."""
+    kind = next(k for k in KINDS if k.name == ("layer_norm" if method.name == "ln_tuning" else "linear"))
+    model, fresh, x = adapted(method, kind), adapted(method, kind), kind.inputs()
+    with torch.inference_mode():
+        assert_close(model(x), fresh(x.clone()), torch.float32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(fresh(x).square().sum(), [p for p in fresh.parameters() if p.requires_grad])
+    for got, want in zip(torch.autograd.grad(model(x).square().sum(), parameters), wanted, strict=True):
+        assert_close(got, want, torch.float32)
+    with torch.no_grad():
+        for m in (model, fresh):
+            for p in (p for p in m.parameters() if p.requires_grad):
+                p.mul_(1.25)
+        before, fresh = model(x), fresh.train().eval()
+        assert_close(before, fresh(x), torch.float32)
+
+
+def test_what_is_kept_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Compacter forms its narrow matrices anew in training only."""
+    formed: list[str] = []
+    part = Kronecker.down
+
+    def counted(self: Kronecker, *args: Any) -> Any:
+        formed.append("down")
+        return part(self, *args)
+
+    monkeypatch.setattr(Kronecker, "down", counted)
+    config = BottleneckConfig.preset(
+        "compacter", phm_dim=2, reduction_factor=2, placement=None, target_modules=["0"]
+    )
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        assert len(formed) == 1
+        model.base_model.model[0].adapter_rule["default"].mul_(2.0)
+        model(x)
+        assert len(formed) == 2
+    model(x).sum().backward()
+    model(x)
+    assert len(formed) == 4

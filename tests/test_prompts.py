@@ -21,6 +21,7 @@ from prompt_models import (
     METHODS,
     PREFIXES,
     TOKENS,
+    VOCABULARY,
     adapted,
     build,
     configuration,
@@ -121,7 +122,8 @@ def test_greedy_text_is_that_of_whole_forward_passes(method: str, model: str) ->
     for _ in range(6):
         wanted = torch.cat([wanted, adapter(input_ids=wanted).logits[:, -1:].argmax(-1)], dim=1)
     asked: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-    mask, settings = torch.ones_like(ids), tf.GenerationConfig(max_length=13, do_sample=False, pad_token_id=0)
+    mask, never = torch.ones_like(ids), VOCABULARY  # an end that cannot come; None would be the model's own
+    settings = tf.GenerationConfig(max_length=13, do_sample=False, pad_token_id=0, eos_token_id=never)
     assert torch.equal(adapter.generate(ids, attention_mask=mask, max_new_tokens=6, **asked), wanted)
     assert torch.equal(adapter.generate(input_ids=ids, attention_mask=mask, max_length=13, **asked), wanted)
     assert torch.equal(adapter.generate(inputs=ids, attention_mask=mask, generation_config=settings), wanted)

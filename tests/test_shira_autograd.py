@@ -156,6 +156,21 @@ def test_threads_with_settings_of_their_own_do_not_disturb_each_other() -> None:
     assert wrong == []
 
 
+def test_what_one_thread_asks_for_is_never_what_another_is_about_to_replace() -> None:
+    """The weight holds b when the model's setting is a already: who asks for b alone must not compute with that weight."""
+    model = adapted("a", "b", width=32)
+    wanted = {"a": model(IDS)}
+    model.set_adapter("b")
+    wanted["b"] = model(IDS)
+    model.set_adapter("a")
+    weight = next(model.base_model.layers()).weight
+    with torch.no_grad():
+        assert torch.allclose(model(IDS, adapter_names=["b", "b"]), wanted["b"], atol=1e-5)
+        standing = weight.clone()
+        assert torch.allclose(model(IDS), wanted["a"], atol=1e-5)
+    assert torch.equal(weight, standing)
+
+
 def test_a_weight_that_two_modules_share_is_never_written_to() -> None:
     class Tied(Net):
         def __init__(self) -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from .injection.targets import default_targets
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method] | type[InputMethod]] = {}
 """Every method by its name: the ``peft_type`` of its configuration, or what ``PeftConfig.method_name`` returns."""
 
+Made = TypeVar("Made")
 Column = nn.Module | nn.Parameter | Tensor | float | int | bool | None
 
 
@@ -63,6 +65,28 @@ class Slot:
     def get(self, column: str) -> Any:
         """Return the entry of a column, or None where this adapter has none."""
         return self[column] if column in self.columns else None
+
+    def kept(self, what: str, made_from: Sequence[Tensor], make: Callable[[], Made], *numbers: Any) -> Made:
+        """Return what ``make`` makes, anew only where something that it is made of has changed; never with a gradient.
+
+        Writes through ``.data`` are not seen, until the layer is set to train or evaluate.
+
+        Args:
+            what: its name among all that the slot keeps.
+            made_from: the tensors that it is made of.
+            make: makes it.
+            *numbers: what else it is made of.
+        """
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or any(t.is_inference() for t in made_from):
+            return make()  # there are no versions to go by
+        key = (*numbers, *((t.data_ptr(), t._version, t.dtype) for t in made_from))
+        if self.cache.get(what, (None,))[0] != key:
+            # What is made in inference mode could not serve training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self.cache[what] = (key, make())
+        made: Made = self.cache[what][1]
+        return made
 
     @property
     def kind(self) -> LayerKind:

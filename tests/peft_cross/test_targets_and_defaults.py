@@ -114,7 +114,7 @@ def test_public_names_are_those_of_peft() -> None:
         "BitFitConfig", "MaskOverlap", "ShiraOverlap", "calibrate_shira", "shira_overlap",
         "draw_ranks", "rank_report", "write_rank_report", "RDropLoss", "rdrop_repeat",
         "FreezeReport", "TrainableParamsCheckpoint", "freeze_delta", "freeze_from_config", "freeze_modules",
-        "BottleneckConfig", "Family", "Points", "register_family", "AdapterDropCallback", "FusionConfig",
+        "BottleneckConfig", "ReftConfig", "Family", "Points", "register_family", "AdapterDropCallback", "FusionConfig",
         "Average", "BatchSplit", "Fuse", "Parallel", "Split", "Stack",
     }  # fmt: skip
     reachable = (

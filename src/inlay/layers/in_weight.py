@@ -83,10 +83,8 @@ class InWeight:
     def run(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with these adapters: those that can be in the weight from there, the others as they always do."""
         layer = self.layer
-        inside = [slot for slot in slots if slot.method.in_weight]
         rest = [slot for slot in slots if not slot.method.in_weight]
-        if not (self._can_hold(inside) and self._composes(rest)):
-            inside = []
+        inside = self._to_enter(slots)
         if not self.settle(inside):
             if slots:
                 return layer._run_merged(slots, x, *args, **kwargs)
@@ -129,6 +127,12 @@ class InWeight:
         values = [slot.method.entries(slot)[1] for slot in slots]
         return weight_with_values(w, [entered.positions for entered in self.entered], values)
 
+    def _to_enter(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Return those of the adapters whose values can be in the weight when all of these act."""
+        inside = [slot for slot in slots if slot.method.in_weight]
+        rest = [slot for slot in slots if not slot.method.in_weight]
+        return inside if self._can_hold(inside) and self._composes(rest) else []
+
     def _composes(self, rest: Sequence[Slot]) -> bool:
         methods = [slot.method for slot in rest]
         return not rest or (
@@ -162,14 +166,23 @@ class InWeight:
         """
         if _traced():
             return not self.entered
-        stamp = stamp_of(slots)
-        if stamp == self.stamp and not self.stale:
+        if not self.layer.switch.is_temporary():
+            self._hold(slots)
             return True
         with _LOCK:
-            if stamp != self.stamp and self.layer.switch.is_temporary():
-                return False
-            self._write(slots, stamp)
-        return True
+            # First what all other threads are about to ask for, so that none of them writes while this one computes.
+            setting = self.layer.common_setting()
+            if setting.composition is None:
+                self._hold(self._to_enter(self.layer.live_slots(setting)))
+            return stamp_of(slots) == self.stamp
+
+    def _hold(self, slots: Sequence[Slot]) -> None:
+        stamp = stamp_of(slots)
+        if stamp == self.stamp and not self.stale:
+            return
+        with _LOCK:
+            if stamp != self.stamp or self.stale:  # another thread may have written it meanwhile
+                self._write(slots, stamp)
 
     def withdraw(self) -> None:
         """Put the base back, for someone who reads or keeps the parameter; the next forward pass writes the values again."""

@@ -130,7 +130,13 @@ class SlottedLayer(nn.Module):
 
     def setting(self) -> Setting:
         """Return the setting that holds for this layer in this thread."""
-        setting = self.switch.now()
+        return self._here(self.switch.now())
+
+    def common_setting(self) -> Setting:
+        """Return the setting that holds for this layer in all threads that have none of their own."""
+        return self._here(self.switch.setting)
+
+    def _here(self, setting: Setting) -> Setting:
         if setting.skip_layers and self.block in setting.skip_layers:
             return _NOTHING_ON[setting.enabled]
         epoch, changes = self.apart

@@ -108,21 +108,12 @@ def row_norm(slot: Slot, w: Tensor, squares: Tensor | None = None) -> Tensor:
 
 
 def _current_norm(slot: Slot) -> Tensor:
-    """Return the norm for the base weight; outside training, from the cache while nothing it depends on has changed."""
+    """Return the norm for the base weight; outside training, the kept one while nothing it depends on has changed."""
     w = slot.weight()
-    if torch.compiler.is_compiling() or isinstance(slot.kind, Experts) or w.is_inference():
+    if torch.compiler.is_compiling() or isinstance(slot.kind, Experts):
         return row_norm(slot, w)
-    of_base = (w.data_ptr(), w._version)
-    if slot.cache.get("of_base") != of_base:
-        slot.cache.update(of_base=of_base, squares=row_norm_squares(slot.kind.widen(w)), key=None)
+    squares = slot.kept("squares", [w], lambda: row_norm_squares(slot.kind.widen(w)))
     if slot.layer.training:
-        slot.cache["key"] = None
-        return row_norm(slot, w, slot.cache["squares"])
-    pair = stored_factors(slot)
-    if any(p.is_inference() for p in pair):
-        return row_norm(slot, w, slot.cache["squares"])
-    key = (slot["scaling"], of_base, *((p.data_ptr(), p._version) for p in pair))
-    if slot.cache["key"] != key:
-        slot.cache.update(key=key, norm=row_norm(slot, w, slot.cache["squares"]))
-    norm: Tensor = slot.cache["norm"]
-    return norm
+        return row_norm(slot, w, squares)
+    made_from = [w, *stored_factors(slot)]
+    return slot.kept("norm", made_from, lambda: row_norm(slot, w, squares), slot["scaling"])

@@ -6,7 +6,7 @@ Where nothing else stands between the two projections and the sum, all of it is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...blocks import open_gate
 from ...kernels.autocast import autocast_is_on
 from ...kernels.bottleneck import Narrow, Norm, bottleneck
+from ...kernels.low_rank import any_gradient
 from ...layers.taps import NormTap
 from ...method import Slot
 from .activations import DERIVATIVES, activation
@@ -125,13 +126,20 @@ def _parts(slot: Slot, x: Tensor) -> tuple[Part, Part]:
             part_of(slot["adapter_down"], True, None, slot["adapter_down"], x),
             part_of(slot["adapter_up"], False, None, slot["adapter_up"], x),
         )
-    keeper = slot.shared or slot
-    found = []
-    for name in ("adapter_down", "adapter_up"):
-        rule = keeper["adapter_rule"] if config.shared_phm_rule else slot[f"{name}_rule"]
-        factors = keeper[name] if config.shared_W_phm else slot[name]
-        found.append(part_of(slot[name], name == "adapter_down", rule, factors, x))
-    return found[0], found[1]
+    return _kronecker_part(slot, "adapter_down", x), _kronecker_part(slot, "adapter_up", x)
+
+
+def _kronecker_part(slot: Slot, name: str, x: Tensor) -> Part:
+    """Return a projection made of Kronecker products; where none of them gets a gradient, it is formed once."""
+    config, keeper, projection = cast("Any", slot.config), slot.shared or slot, slot[name]
+    rule = keeper["adapter_rule"] if config.shared_phm_rule else slot[f"{name}_rule"]
+    factors = keeper[name] if config.shared_W_phm else projection
+    made_from = [rule, *factors.parameters(), *projection.parameters()]
+
+    def make() -> Part:
+        return part_of(projection, name == "adapter_down", rule, factors, x)
+
+    return make() if any_gradient(*made_from) else slot.kept(name, made_from, make, x.device)
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:

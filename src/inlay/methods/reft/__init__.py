@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ...injection.targets import block_index, find_targets, matches
 from ...injection.walk import Place, Site
+from ...kernels.low_rank import any_gradient
 from ...kinds import LayerKind
 from ...kinds.output import Positioned
 from ...layers.sequence import Outer
@@ -178,17 +179,13 @@ def _intervened(slot: Slot, name: str, h: Tensor) -> Tensor:
 
 
 def _directions(slot: Slot, name: str) -> Tensor:
-    """Return R; where no gradient is asked for, from the cache while the numbers that it is made of have not changed."""
+    """Return R; where no gradient is asked for, the kept one while the numbers that it is made of have not changed."""
     free: Tensor = slot[name].projection.weight
     if not getattr(slot.config, "orthogonality", True):
         return free
-    if slot.layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or free.is_inference():
+    if any_gradient(free):
         return orthonormal(free)
-    key = (free.data_ptr(), free._version, free.dtype)
-    if slot.cache.get(name, (None, None))[0] != key:
-        slot.cache[name] = (key, orthonormal(free))
-    found: Tensor = slot.cache[name][1]
-    return found
+    return slot.kept(name, [free], lambda: orthonormal(free))
 
 
 def _fill_orthonormal(weight: Tensor) -> None:
