@@ -360,7 +360,12 @@ def test_what_is_kept_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dense_compacter() -> Any:
     config = BottleneckConfig.preset(
-        "compacter", phm_dim=2, reduction_factor=2, placement=None, target_modules=["0"], factorized_phm_W=False
+        "compacter",
+        phm_dim=2,
+        reduction_factor=2,
+        placement=None,
+        target_modules=["0"],
+        factorized_phm_W=False,
     )
     with seeded():
         model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()

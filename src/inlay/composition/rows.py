@@ -56,7 +56,7 @@ class Groups:
     def _picked(self, x: Tensor, samples: Tensor) -> Tensor:
         if self.repeats == 1:
             return x.index_select(0, samples)
-        return x.unflatten(0, (len(samples), self.repeats)).index_select(0, samples).flatten(0, 1)
+        return x.reshape(len(samples), self.repeats, *x.shape[1:]).index_select(0, samples).flatten(0, 1)
 
 
 def groups_of(route: Sequence[str], known: Container[str], rows: int, reader: str) -> Groups:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from ..composition import Child
@@ -94,7 +95,11 @@ def take_in(model: PeftModel, name: str, saved: SavedAdapter, loading: Loading) 
             f"{saved.origin} holds several adapters, of which one would be named {taken[0]!r}, and there is one of that "
             "name; load it by another name"
         )
-    with _members_loaded(model, members_of(saved, name) if new else [], saved, loading):
+    there = [] if new else [own for own in (name, *parts) if own in model.peft_config]
+    with (
+        _values_put_back(model, there if saved.others else []),
+        _members_loaded(model, members_of(saved, name) if new else [], saved, loading),
+    ):
         saved = fitted_to_members(saved, model)
         if new:
             model.add_adapter(name, saved.config, loading.low_cpu_mem_usage, loading.autocast_adapter_dtype)
@@ -134,6 +139,20 @@ def _take_in_others(model: PeftModel, name: str, saved: SavedAdapter, loading: L
         for own, part in parts.items():
             take_in(model, own, part, loading)
     return list(parts)
+
+
+@contextmanager
+def _values_put_back(model: PeftModel, names: list[str]) -> Iterator[None]:
+    """Give adapters their values back, if it ends in an error: of several in one folder, one may fit and the next may not."""
+    own = [p for name in names for p in model.base_model.adapter_parameters(name)]
+    before = [p.detach().clone() for p in own]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, value in zip(own, before, strict=True):
+                p.copy_(value)
+        raise
 
 
 @contextmanager
