@@ -181,6 +181,22 @@ def test_the_parts_of_a_union_are_loaded_and_refused_together(shared: Path) -> N
         model.load_adapter(folder, "other", key_mapping={"layer": "nonsense"})
 
 
+def test_a_union_of_which_one_part_does_not_fit_changes_no_other(shared: Path) -> None:
+    golden = Golden(shared / "goldens" / "adapterhub" / "bert" / "mam")
+    folder = golden.folder / "checkpoint_bin"
+    model = get_peft_model(golden.base(), LoraConfig(r=2, target_modules=["query"]), "lora")
+    model.load_adapter(folder, "mam")
+    model.delete_adapter("mam_bottleneck")
+    model.add_adapter("mam_bottleneck", BottleneckConfig(bottleneck_size=5))
+    with torch.no_grad():
+        for p in model.base_model.adapter_parameters("mam"):
+            p.zero_()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(folder, "mam")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
 def test_converting_for_another_class_or_family_of_models(
     tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,23 @@ def test_a_spoilt_file_leaves_an_adapted_model_alone(
     assert model.peft_config == settings and model.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_spoilt_file_leaves_another_models_adapters_on_the_same_base_alone(
+    spoil: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, error, message = SPOILT[spoil]
+    with seeded():
+        model = get_peft_model(Net(), config())
+    change(folder)
+    monkeypatch.chdir(folder.parent)
+    before, base = snapshot(model), model.get_base_model()
+    with pytest.raises(error, match=f"(?s){message}"):
+        PeftModel.from_pretrained(base, folder, "second")
+    assert_unchanged(before, model)
+    assert base.peft_config is model.peft_config and list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+
+
 @pytest.mark.parametrize("spoil", ["truncated", "a_tensor_is_missing", "another_shape", "another_rank"])
 def test_a_spoilt_file_leaves_the_adapter_it_was_to_replace_alone(spoil: str, folder: Path) -> None:
     model = get_peft_model(Net(), config(r=2))

@@ -70,7 +70,7 @@ def test_a_pattern_that_nothing_matches_is_reported() -> None:
         get_peft_model(Net(), config(rank_pattern={"k_proj": 4}))
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "keys", "__base__", "default"])
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "__base__", "default", "/elsewhere"])
 def test_names_that_cannot_be(name: str, tmp_path: Path) -> None:
     model = get_peft_model(Net(), config())
     model.save_pretrained(tmp_path)

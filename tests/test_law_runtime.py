@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inlay import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
 from inlay.methods.bottleneck.block import Kronecker
@@ -355,3 +356,38 @@ def test_what_is_kept_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model(x).sum().backward()
     model(x)
     assert len(formed) == 4
+
+
+def dense_compacter() -> Any:
+    config = BottleneckConfig.preset(
+        "compacter",
+        phm_dim=2,
+        reduction_factor=2,
+        placement=None,
+        target_modules=["0"],
+        factorized_phm_W=False,
+    )
+    with seeded():
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.copy_(torch.randn_like(p))
+    return model
+
+
+def test_what_is_kept_is_not_rounded_by_autocast() -> None:
+    model, x = dense_compacter(), torch.linspace(-1, 1, 16).view(2, 8)
+    with torch.no_grad():
+        want = dense_compacter()(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        assert torch.equal(model(x), want)
+
+
+def test_nothing_is_kept_of_a_run_without_values() -> None:
+    model, x = dense_compacter(), torch.linspace(-1, 1, 16).view(2, 8)
+    with torch.no_grad():
+        want = dense_compacter()(x)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(x))
+        assert torch.equal(model(x), want)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay import LoraConfig, PeftModel, get_peft_model
+from inlay.composition.rows import groups_of
 from law_cases import KINDS, METHODS, PAIR_IDS, PAIRS, SCALE_ONLY, KindCase, MethodCase
 from law_checks import assert_close
 from law_models import BATCH, Attending
@@ -247,3 +248,13 @@ def test_a_compiled_model_runs_mixed_batches() -> None:
     model.get_base_model().compile(fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_close(model(x, adapter_names=ROUTE), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12])
+def test_rows_of_a_sample_lie_together(rows: int) -> None:
+    """What is remembered of a mixed batch is as long as the batch, not as all its tokens, which routers see in one axis."""
+    groups = groups_of(["b", "a", "b"], {"a", "b"}, rows, "a layer")
+    x = torch.arange(4.0 * rows).view(rows, 4)
+    gains = torch.tensor([10.0, 1.0, 10.0]).repeat_interleave(rows // 3)[:, None]
+    assert torch.equal(groups.run(lambda name, own: own * (1.0 if name == "a" else 10.0), x), gains * x)
+    assert groups.order == (1, 0, 2)

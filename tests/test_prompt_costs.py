@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from inlay import PrefixTuningConfig, get_peft_model
 from prompt_models import build
@@ -102,3 +103,23 @@ def test_all_layers_share_one_causal_mask() -> None:
     masks = [t for t in kept if t.shape[-2:] == (6, 9) and t.is_floating_point() and bool(t.isinf().any())]
     assert len(masks) == 3 and len({t.untyped_storage().data_ptr() for t in masks}) == 1
     torch.testing.assert_close(loss.detach(), want)
+
+
+def test_a_model_that_has_returned_keeps_no_mask() -> None:
+    """A mask of a long text takes more memory than all that is trained."""
+    model = model_of("gpt2")
+    with torch.no_grad():
+        loss_of(model)
+    assert model.base_model.prompts.kept_mask is None
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, 6), 10_000))
+    assert model.base_model.prompts.kept_mask is None
+
+
+def test_what_is_kept_of_a_run_without_values_is_not_used_with_values() -> None:
+    model, ids = model_of("gpt2").eval(), torch.arange(10, 22).view(2, 6)
+    want = model(input_ids=ids).logits
+    model.prompt_encoder["default"].cuts.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(input_ids=torch.zeros(2, 6, dtype=torch.long))
+    assert torch.equal(model(input_ids=ids).logits, want)

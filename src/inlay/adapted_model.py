@@ -404,9 +404,10 @@ def _switch_of(wrapper: nn.Module) -> Switch:
 def _check_name(name: str, taken: dict[str, PeftConfig]) -> None:
     if name in taken:
         raise ValueError(f"Adapter with name {name!r} already exists.")
-    if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "__base__":
+    if not name or "." in name or name[0] in "/\\" or hasattr(nn.ModuleDict, name) or name == "__base__":
         raise ValueError(
-            f"{name!r} cannot be an adapter's name: it becomes part of parameter names, which rules out dots and {name!r}"
+            f"{name!r} cannot be an adapter's name: it becomes part of parameter names and the name of a folder, which rules out "
+            f"dots, a slash in front and {name!r}"
         )
 
 

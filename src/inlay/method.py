@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .injection.targets import default_targets
+from .kernels.autocast import outside_autocast
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -78,15 +79,16 @@ class Slot:
             *numbers: what else it is made of.
         """
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if traced or any(t.is_inference() for t in made_from):
+        # A mode sees every operation, and may make tensors without values.
+        if traced or torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in made_from):
             return make()  # there are no versions to go by
         key = (*numbers, *((t.data_ptr(), t._version, t.dtype) for t in made_from))
-        if self.cache.get(what, (None,))[0] != key:
-            # What is made in inference mode could not serve training later.
-            with torch.inference_mode(False), torch.no_grad():
-                self.cache[what] = (key, make())
-        made: Made = self.cache[what][1]
-        return made
+        kept: tuple[Any, Made] | None = self.cache.get(what)
+        if kept is None or kept[0] != key:
+            # What is made in inference mode could not serve training later, nor what autocast rounds a run without it.
+            with torch.inference_mode(False), torch.no_grad(), outside_autocast(made_from[0]):
+                kept = self.cache[what] = (key, make())
+        return kept[1]  # another thread may have cleared the cache
 
     @property
     def kind(self) -> LayerKind:

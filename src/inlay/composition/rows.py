@@ -7,7 +7,7 @@ receives several rows of a sample, as in ``[batch * beams, ...]``, they lie toge
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -23,19 +23,21 @@ class Groups:
 
     Attributes:
         names: the adapter of each group; ``BASE`` for the rows of none.
-        sizes: the number of rows of each group.
-        order: the rows, group by group; None where they lie in this order already.
+        sizes: the number of samples of each group.
+        order: the samples, group by group; None where they lie in this order already.
+        repeats: the number of rows of each sample.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     order: tuple[int, ...] | None
+    repeats: int = 1
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the rows ``x[rows, ...]`` of each group."""
         if self.order is not None:
-            x = x.index_select(0, torch.tensor(self.order, device=x.device))
-        return torch.split(x, list(self.sizes))
+            x = self._picked(x, torch.tensor(self.order, device=x.device))
+        return torch.split(x, [size * self.repeats for size in self.sizes])
 
     def run(self, part: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Return ``part(name, rows of each tensor ...)`` of every group, in the batch's order."""
@@ -49,7 +51,12 @@ class Groups:
         together = torch.cat(list(parts))
         if self.order is None:
             return together
-        return together.index_select(0, torch.tensor(self.order, device=together.device).argsort())
+        return self._picked(together, torch.tensor(self.order, device=together.device).argsort())
+
+    def _picked(self, x: Tensor, samples: Tensor) -> Tensor:
+        if self.repeats == 1:
+            return x.index_select(0, samples)
+        return x.reshape(len(samples), self.repeats, *x.shape[1:]).index_select(0, samples).flatten(0, 1)
 
 
 def groups_of(route: Sequence[str], known: Container[str], rows: int, reader: str) -> Groups:
@@ -66,15 +73,15 @@ def groups_of(route: Sequence[str], known: Container[str], rows: int, reader: st
     """
     names = tuple(name if name in known else BASE for name in route)
     grouped = _grouped if torch.compiler.is_compiling() else _remembered  # compilers warn of caches
-    return grouped(names, rows_of_each(len(route), rows, reader))
+    groups, repeats = grouped(names), rows_of_each(len(route), rows, reader)
+    return groups if repeats == 1 else replace(groups, repeats=repeats)
 
 
-def _grouped(names: tuple[str, ...], repeats: int) -> Groups:
-    each = [name for name in names for _ in range(repeats)]
-    order = tuple(sorted(range(len(each)), key=each.__getitem__))
-    present = tuple(sorted(set(each)))
-    sizes = tuple(each.count(name) for name in present)
-    return Groups(present, sizes, None if order == tuple(range(len(each))) else order)
+def _grouped(names: tuple[str, ...]) -> Groups:
+    order = tuple(sorted(range(len(names)), key=names.__getitem__))
+    present = tuple(sorted(set(names)))
+    sizes = tuple(names.count(name) for name in present)
+    return Groups(present, sizes, None if order == tuple(range(len(names))) else order)
 
 
 _remembered = lru_cache(maxsize=256)(_grouped)  # every layer of a model asks for the same

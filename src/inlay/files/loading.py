@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from ..composition import Child
@@ -59,13 +60,20 @@ def new_model(
 
         return new_model(chosen, model, first, member, there, add_fusion)
     trained = [p for p in model.parameters() if p.requires_grad]
+    known = vars(model).get("peft_config")
     made = chosen(model, saved.config, name, loading.autocast_adapter_dtype, loading.low_cpu_mem_usage)
+    carried = [other for other in made.peft_config if other != name]  # another PeftModel's, on the same base
     try:
         _put(made, name, saved, loading, resume=loading.is_trainable)
         on: Active = [name, *_take_in_others(made, name, saved, loading)]
         made.set_adapter(on if add is None else add(made), inference_mode=not loading.is_trainable)
     except BaseException:
-        made.unload()
+        if carried:
+            for own in [own for own in reversed(made.peft_config) if own not in carried]:
+                made.delete_adapter(own)
+            cast("Any", model).peft_config = known
+        else:
+            made.unload()
         for p in trained:
             p.requires_grad_(True)
         raise
@@ -87,7 +95,11 @@ def take_in(model: PeftModel, name: str, saved: SavedAdapter, loading: Loading) 
             f"{saved.origin} holds several adapters, of which one would be named {taken[0]!r}, and there is one of that "
             "name; load it by another name"
         )
-    with _members_loaded(model, members_of(saved, name) if new else [], saved, loading):
+    there = [] if new else [own for own in (name, *parts) if own in model.peft_config]
+    with (
+        _values_put_back(model, there if saved.others else []),
+        _members_loaded(model, members_of(saved, name) if new else [], saved, loading),
+    ):
         saved = fitted_to_members(saved, model)
         if new:
             model.add_adapter(name, saved.config, loading.low_cpu_mem_usage, loading.autocast_adapter_dtype)
@@ -127,6 +139,20 @@ def _take_in_others(model: PeftModel, name: str, saved: SavedAdapter, loading: L
         for own, part in parts.items():
             take_in(model, own, part, loading)
     return list(parts)
+
+
+@contextmanager
+def _values_put_back(model: PeftModel, names: list[str]) -> Iterator[None]:
+    """Give adapters their values back, if it ends in an error: of several in one folder, one may fit and the next may not."""
+    own = [p for name in names for p in model.base_model.adapter_parameters(name)]
+    before = [p.detach().clone() for p in own]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, value in zip(own, before, strict=True):
+                p.copy_(value)
+        raise
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class Shift:
         self.handles.append(
             model.register_forward_pre_hook(self.in_model if takes_ids else self.engage, with_kwargs=True)
         )
+        self.handles.append(model.register_forward_hook(self.end, always_call=True))
 
     def remove(self) -> None:
         """Take the hooks out."""
@@ -54,6 +55,10 @@ class Shift:
     def engage(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before each run of the model, look whether the attention still asks for prefixes."""
         self.prompts.engage()
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After each run of the model, forget what its layers have shared."""
+        self.prompts.forget_mask()
 
     def in_model(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any]

@@ -135,18 +135,22 @@ class Prompts:
     def causal_mask(self, query: Tensor, tokens: int) -> Tensor:
         """Return a mask ``[1, 1, t, tokens + t]`` to add to scores: ``query[..., t, d]`` sees the prefix, and what is not later.
 
-        All layers share one: it is made once, and kept for backward once.
+        All layers share one: it is made once, and kept for backward once. The model forgets it when it returns.
         """
         key = (query.shape[-2], tokens, query.dtype, query.device)
         compiling, last = torch.compiler.is_compiling(), self.kept_mask
-        if last is not None and last[0] == key and not compiling:
+        if last is not None and last[0] == key and not compiling and type(query) is Tensor:
             return last[1]
         with torch.inference_mode(False):  # it may serve training later
             shut = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
             mask = shut.repeat(1, 1, query.shape[-2], tokens + query.shape[-2]).triu_(tokens + 1)
-        if not compiling:
+        if not compiling and type(mask) is Tensor:  # a fake one would turn up in real runs
             self.kept_mask = key, mask
         return mask
+
+    def forget_mask(self) -> None:
+        """Forget the mask that layers share: a long text's takes more memory than the adapter."""
+        self.kept_mask = None
 
     def shift_now(self) -> int | tuple[int, ...]:
         """Return by how much the prefixes that are on move positions: one number, or one for each sample of a mixed batch."""
