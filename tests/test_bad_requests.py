@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
+import inlay
 from inlay import (
     NoMatchingPeftModuleError,
     PeftModel,
@@ -63,6 +65,30 @@ def test_a_module_to_save_that_is_not_there_is_reported_unless_it_is_a_usual_hea
         PeftWarning, match=r"modules_to_save entries \['haed'\].*not trained; did you mean \['head'\]"
     ):
         get_peft_model(Net(), config(modules_to_save=["haed", "classifier", "score"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "cls", "message"),
+    [
+        (
+            "CAUSAL_LM",
+            tf.BertForSequenceClassification,
+            "its head is not trained; with task_type='SEQ_CLS' it is",
+        ),
+        ("SEQ_2_SEQ_LM", tf.BertForTokenClassification, "with task_type='TOKEN_CLS' it is"),
+        (
+            "SEQ_CLS",
+            tf.BertForMaskedLM,
+            "it has no classifier or score, so no head is trained; name it in modules_to_save",
+        ),
+        ("QUESTION_ANS", tf.BertModel, "it has no qa_outputs"),
+    ],
+)
+def test_a_task_that_is_not_the_models_is_reported(task: str, cls: Any, message: str) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    base = cls(tf.BertConfig(vocab_size=20, **sizes))
+    with pytest.warns(PeftWarning, match=f"task_type='{task}' does not fit {cls.__name__}: .*{message}"):
+        get_peft_model(base, inlay.LoraConfig(task_type=task, target_modules=["query"]))
 
 
 def test_a_pattern_that_nothing_matches_is_reported() -> None:

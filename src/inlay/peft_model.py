@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from .adapted_model import AdaptedModel
 from .composition import Child, divides_rows
 from .composition.choice import is_fusion
 from .config import PeftConfig, TaskType
+from .errors import PeftWarning
 from .layers.sequence import going_on_from
 from .prompts.generation import at_every_step, given_prompt, prepare_generation
 from .prompts.inputs import active_prompt, prepare
@@ -22,6 +24,13 @@ from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_mo
 from .switch import BASE
 from .training.checkpointing import gradient_checkpointing_is_on, let_gradients_through_inputs
 from .training.trainer import teach_trainer
+
+TASK_OF_CLASS = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+}
+"""The task of a model of transformers, by the end of its class's name."""
 
 
 class PeftModel(SavedModel):
@@ -57,6 +66,7 @@ class PeftModel(SavedModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        warn_of_another_task(model, peft_config, self.heads)
         config = self._with_heads(peft_config)
         self.base_model = AdaptedModel(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         self.prompt_encoder = self.base_model.prompts.encoders
@@ -284,3 +294,28 @@ class PeftModel(SavedModel):
         """Turn on gradient checkpointing by the name that transformers 5 gives it."""
         cast("Any", self.get_base_model()).activation_checkpointing_enable(*args, **kwargs)
         let_gradients_through_inputs(self.get_base_model())
+
+
+def warn_of_another_task(model: nn.Module, config: PeftConfig, heads: Sequence[str]) -> None:
+    """Warn where the task that a configuration names is not the model's: the model's head would not be trained.
+
+    Args:
+        model: the base model.
+        config: the configuration.
+        heads: names of the head that the task trains.
+    """
+    name, reason = type(model).__name__, ""
+    if heads and not getattr(config, "modules_to_save", None):
+        own = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        if own.isdisjoint(heads):
+            reason = f"it has no {' or '.join(heads)}, so no head is trained; name it in modules_to_save"
+    elif not heads and config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        fitting = next((task for end, task in TASK_OF_CLASS.items() if name.endswith(end)), None)
+        if fitting is not None:
+            reason = f"its head is not trained; with task_type={fitting.value!r} it is"
+    if reason:
+        warnings.warn(
+            f"task_type={TaskType(config.task_type).value!r} does not fit {name}: {reason}",
+            PeftWarning,
+            stacklevel=3,
+        )

@@ -205,3 +205,8 @@ def test_damaged_adapters(inlay: Run, complaint: Run, tmp_path: Path, models: Fi
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "cannot load the adapter" in complaint(*words, "--overwrite")
     assert target.read_text() == "earlier\n" and not list(tmp_path.glob(".*"))
+
+
+def test_an_encoder_cannot_learn_to_go_on_with_a_text(data: Files, models: Files, train: Run) -> None:
+    line = train(task="causal-lm", train_data=data["pairs"])
+    assert "BertLMHeadModel sees the tokens that come later" in line and "is_decoder" in line

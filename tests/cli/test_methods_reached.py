@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from inlay.cli.catalogue import method_configs
+from inlay.methods.reft import orthonormal
 
 Run = Callable[..., str]
 Words = Callable[..., list[Any]]
@@ -88,3 +91,24 @@ def test_an_unknown_preset_says_which_there_are(
     preset = ["--method", "reft", "--method.preset", "lorefft"]
     assert main([str(word) for word in [*words, *preset]]) == 2
     assert "unknown preset 'lorefft'; did you mean 'loreft'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix-tuning", "reft"])
+def test_what_was_trained_goes_to_adapterhub_and_back(
+    models: Files, data: Files, tmp_path: Path, inlay: Run, training: Words, method: str
+) -> None:
+    words = training(models["bert"], "text-classification", data["dev"], "--max-steps", 1)
+    options = {
+        "prefix-tuning": ["--method.num-virtual-tokens", 3, "--method.shift-positions", "false"],
+    }
+    inlay(*words, "--method", method, *options.get(method, []))
+    trained = Path(words[words.index("--output-dir") + 1]) / "adapter"
+    there, back = tmp_path / "there", tmp_path / "back"
+    inlay("convert", trained, "--output-dir", there)
+    assert json.loads((there / "adapter_config.json").read_text())["version"].startswith("adapters.")
+    inlay("convert", there, "--output-dir", back)
+    first, again = (load_file(folder / "adapter_model.safetensors") for folder in (trained, back))
+    assert again and again.keys() <= first.keys()  # heads stay behind
+    for key, tensor in again.items():
+        wanted = orthonormal(first[key]) if "projection" in key else first[key]
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6 if "projection" in key else 0, msg=key)

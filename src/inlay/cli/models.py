@@ -78,6 +78,7 @@ def load_base(place: str, task: Task, dtype: str, revision: str | None = None) -
         raise UserError(
             f"{place}: {len(fresh)} of {len(names)} weights of {type(model).__name__} are not in its files: not such a model"
         )
+    task.check_model(model)
     return model, _whole_modules(names, set(fresh))
 
 

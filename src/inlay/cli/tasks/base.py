@@ -79,6 +79,13 @@ class Task(ABC):
         """Return the arguments for ``from_pretrained``."""
         return {}
 
+    def check_model(self, model: Any) -> None:  # noqa: B027 (most tasks have nothing to look at)
+        """Look whether a model of the task's class can do the task.
+
+        Raises:
+            UserError: it cannot.
+        """
+
     @abstractmethod
     def encode(self, table: Table) -> Dataset:
         """Return the rows as the model's inputs, with ``labels`` where the table has targets."""

@@ -12,6 +12,7 @@ from inlay.arguments import IGNORED
 
 from ..data import Layout, Table
 from ..engine import Engine
+from ..errors import UserError
 from .base import Task
 from .generation import generate_texts
 from .perplexity import perplexity, token_losses
@@ -36,6 +37,23 @@ class TheTask(Task):
     @property
     def cuts_long_rows(self) -> bool:  # type: ignore[override]
         return "prompt" in self.settings.inputs
+
+    def check_model(self, model: Any) -> None:
+        """Refuse encoders that transformers lends a language model's head: they see the token that they are to find.
+
+        Raises:
+            UserError: what is put out for a token depends on the next one.
+        """
+        import torch
+
+        ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+        with torch.no_grad():
+            first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+        if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max()), equal_nan=True):
+            raise UserError(
+                f"{type(model).__name__} sees the tokens that come later, so it cannot learn to go on with a text; use a "
+                'decoder, or set "is_decoder": true in its config.json'
+            )
 
     def encode(self, table: Table) -> Dataset:
         if "prompt" in table:
