@@ -15,6 +15,7 @@ from inlay import (
     FusionConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptTuningConfig,
     ReftConfig,
     get_peft_model,
 )
@@ -53,9 +54,21 @@ def test_a_wrong_value_is_one_clear_error(
         make(**values)
 
 
-def test_dropout_on_an_mlp_is_not_ignored_in_silence() -> None:
-    with pytest.warns(PeftWarning, match="encoder_dropout=0.2 has no effect on an MLP"):
-        PromptEncoderConfig(num_virtual_tokens=2, encoder_dropout=0.2)
+@pytest.mark.parametrize(
+    ("make", "values", "needs"),
+    [
+        (PromptEncoderConfig, {"num_virtual_tokens": 2, "encoder_dropout": 0.2}, "type='LSTM'"),
+        (PromptTuningConfig, {"num_virtual_tokens": 2, "prompt_tuning_init_text": "sort it"}, "init='TEXT'"),
+        (PrefixTuningConfig, {"num_virtual_tokens": 2, "shared_gating": False}, "use_gating=True"),
+        (BottleneckConfig, {"phm_dim": 2}, "phm_layer=True"),
+    ],
+)
+def test_a_field_without_effect_is_not_ignored_in_silence(
+    make: Callable[..., Any], values: dict[str, Any], needs: str
+) -> None:
+    *_, (name, value) = values.items()
+    with pytest.warns(PeftWarning, match=f"{name}={value!r} has no effect; it is for .*{needs}"):
+        make(**values)
 
 
 def test_blocks_to_leave_out_may_be_a_range() -> None:

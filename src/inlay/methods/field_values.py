@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+
+from ..errors import PeftWarning
 
 
 def check_switches(config: Any, *names: str) -> None:
@@ -29,3 +32,9 @@ def check_block_numbers(name: str, value: Any) -> list[int]:
         if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
             return numbers
     raise ValueError(f"{name}={value!r} must be a list of numbers of blocks, counted from 0, such as [0, 1]")
+
+
+def warn_of_idle(config: Any, name: str, usual: Any, needs: str) -> None:
+    """Warn of a field that is set to something unusual and has no effect, because it needs another setting."""
+    if (value := getattr(config, name)) != usual:
+        warnings.warn(f"{name}={value!r} has no effect; it is for {needs}", PeftWarning, stacklevel=4)

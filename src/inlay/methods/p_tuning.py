@@ -10,17 +10,16 @@ Authors' code: https://github.com/THUDM/P-tuning
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor, nn
 
 from ..config import PeftType
-from ..errors import PeftWarning
 from ..input_method import InputMethod
 from ..prompts.config import PromptLearningConfig, settle_common, settle_width
 from ..prompts.encoder import PromptModule
+from .field_values import warn_of_idle
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -66,11 +65,9 @@ class PromptEncoderConfig(PromptLearningConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
-        for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0.0)):
-            if self.encoder_reparameterization_type == "MLP" and (value := getattr(self, name)) != usual:
-                warnings.warn(
-                    f"{name}={value} has no effect on an MLP; it is for 'LSTM'", PeftWarning, stacklevel=3
-                )
+        if self.encoder_reparameterization_type == "MLP":
+            warn_of_idle(self, "encoder_num_layers", 2, "encoder_reparameterization_type='LSTM'")
+            warn_of_idle(self, "encoder_dropout", 0.0, "encoder_reparameterization_type='LSTM'")
 
 
 class PromptEncoder(PromptModule):

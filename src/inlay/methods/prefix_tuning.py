@@ -26,7 +26,7 @@ from ..config import PeftType
 from ..input_method import InputMethod
 from ..prompts.config import PromptLearningConfig, settle_common, text_config
 from ..prompts.encoder import PromptModule
-from .field_values import check_switches
+from .field_values import check_switches, warn_of_idle
 
 
 @dataclass(kw_only=True)
@@ -60,6 +60,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights={self.init_weights!r} is unknown; it is None or 'zero'")
         check_switches(self, "prefix_projection", "shift_positions", "use_gating", "shared_gating")
+        if not self.use_gating:
+            warn_of_idle(self, "shared_gating", True, "use_gating=True")
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -20,6 +20,7 @@ from ..config import PeftType
 from ..input_method import InputMethod
 from ..prompts.config import PromptLearningConfig, settle_common, settle_width, word_embedding
 from ..prompts.encoder import PromptModule
+from .field_values import warn_of_idle
 
 
 class PromptTuningInit(str, Enum):
@@ -62,6 +63,8 @@ class PromptTuningConfig(PromptLearningConfig):
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if from_text and not getattr(self, name):
                 raise ValueError(f"When prompt_tuning_init='TEXT', {name} can't be None.")
+        if not from_text:
+            warn_of_idle(self, "prompt_tuning_init_text", None, "prompt_tuning_init='TEXT'")
         if self.tokenizer_kwargs and not from_text:
             raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
 

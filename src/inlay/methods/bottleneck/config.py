@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftConfig, PeftType
-from ..field_values import check_block_numbers, check_share, check_switches
+from ..field_values import check_block_numbers, check_share, check_switches, warn_of_idle
 from .activations import activation
 from .presets import ALIASES, PRESETS, preset_fields
 
@@ -172,6 +172,8 @@ class BottleneckConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
         activation(self.non_linearity)
         check_switches(self, *SWITCHES)
+        if not self.phm_layer:
+            warn_of_idle(self, "phm_dim", 4, "phm_layer=True")
         for name in ("dropout", "stochastic_depth"):
             check_share(name, getattr(self, name))
         for name in ("reduction_factor", "bottleneck_size", "inv_adapter_reduction_factor"):
