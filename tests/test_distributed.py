@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def sharded(model: Any) -> Any:
 
 def both_ways(rank: int, folder: str, names: list[str]) -> None:
     """Run in each process."""
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    if sys.platform == "linux":  # elsewhere the loopback has other names
+        os.environ.update(GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     own = slice(2 * rank, 2 * rank + 2)
     for name in names:
