@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,11 @@ def named_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dic
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
     return named
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call whose positional arguments have these names, in order; for names that are looked up once."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def cached_length(cache: Any) -> Any:

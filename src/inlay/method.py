@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .injection.targets import default_targets
 from .kernels.autocast import outside_autocast
+from .kernels.tracing import being_traced
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -78,9 +79,8 @@ class Slot:
             make: makes it.
             *numbers: what else it is made of.
         """
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         # A mode sees every operation, and may make tensors without values.
-        if traced or torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in made_from):
+        if being_traced() or torch._C._len_torch_dispatch_stack() or any(t.is_inference() for t in made_from):
             return make()  # there are no versions to go by
         key = (*numbers, *((t.data_ptr(), t._version, t.dtype) for t in made_from))
         kept: tuple[Any, Made] | None = self.cache.get(what)

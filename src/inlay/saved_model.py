@@ -152,17 +152,15 @@ class SavedModel(nn.Module):
             ValueError: there is no adapter at ``model_id``.
             AdapterFileError: it is truncated or does not fit the model, which is then unchanged.
         """
-        chosen, loading = (
-            cast("type[PeftModel]", cls),
-            Loading.asked(
-                is_trainable=is_trainable,
-                device=None,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                key_mapping=key_mapping,
-                hub=kwargs,
-            ),
+        chosen = cast("type[PeftModel]", cls)
+        loading = Loading.asked(
+            is_trainable=is_trainable,
+            device=None,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            hub=kwargs,
         )
         saved = find_saved_adapters(model, model_id, config, loading)
         if isinstance(saved, SavedSetup):
@@ -188,17 +186,15 @@ class SavedModel(nn.Module):
         Returns:
             the keys that are missing or unexpected: none, since a file that does not fit is refused.
         """
-        model, loading = (
-            cast("PeftModel", self),
-            Loading.asked(
-                is_trainable=is_trainable,
-                device=torch_device,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                key_mapping=key_mapping,
-                hub=kwargs,
-            ),
+        model = cast("PeftModel", self)
+        loading = Loading.asked(
+            is_trainable=is_trainable,
+            device=torch_device,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            hub=kwargs,
         )
         saved = find_saved_adapters(model.get_base_model(), model_id, None, loading)
         if isinstance(saved, SavedSetup):

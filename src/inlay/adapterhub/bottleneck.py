@@ -13,7 +13,7 @@ from ..injection.walk import Place
 from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.bottleneck.invertible import embedding_sites
 from ..methods.bottleneck.sublayers import find_sublayers
-from .folder import Entry
+from .folder import Entry, other_than
 from .paths import exit_of, holder_of
 
 SAME_NAME = (
@@ -37,7 +37,7 @@ def config_of(told: Mapping[str, Any]) -> BottleneckConfig:
         ValueError: a field has a value that Inlay does not know.
     """
     unknown = sorted(told.keys() - {*SAME_NAME, *FIXED, *ONLY_THERE, "architecture"})
-    wrong = {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}
+    wrong = other_than(told, FIXED)
     if unknown or wrong:
         raise ValueError(
             f"a bottleneck adapter of AdapterHub with {wrong or unknown} cannot be read by Inlay"

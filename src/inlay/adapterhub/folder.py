@@ -109,6 +109,11 @@ def describe(origin: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | Non
     return values if is_adapterhub(values) else None
 
 
+def other_than(told: Mapping[str, Any], only: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that have another value than the only one that Inlay reads; a field that is left out has that."""
+    return {name: told[name] for name, value in only.items() if told.get(name, value) != value}
+
+
 def read_folder(
     origin: str | os.PathLike[str],
     description: Mapping[str, Any],

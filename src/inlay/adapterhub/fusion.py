@@ -17,7 +17,7 @@ from ..errors import AdapterFileError
 from ..injection.walk import Place
 from ..methods.bottleneck.sublayers import find_sublayers
 from ..methods.fusion import FusionConfig
-from .folder import Entry
+from .folder import Entry, other_than
 from .paths import exit_of, holder_of
 
 FIXED = {"query_before_ln": False, "residual_before": False, "temperature": False}
@@ -37,7 +37,7 @@ def convert(
         AdapterFileError: a tensor is not known, or the model has no place for it.
     """
     told = description["config"]
-    wrong = {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}
+    wrong = other_than(told, FIXED)
     if told.get("dropout_prob"):
         wrong["dropout_prob"] = told["dropout_prob"]
     if wrong:

@@ -23,7 +23,7 @@ from ..kinds import kind_of
 from ..methods.bottleneck.config import BottleneckConfig
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
-from .folder import Entry
+from .folder import Entry, other_than
 from .paths import own_path
 
 FIXED = {"use_dora": False, "vera_d": None, "vera_b": None, "dtype": None}
@@ -53,7 +53,7 @@ def convert(
         ValueError: a field has a value that Inlay does not know.
         AdapterFileError: the model has no place for a tensor.
     """
-    if wrong := {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}:
+    if wrong := other_than(told, FIXED):
         raise ValueError(f"a LoRA of AdapterHub with {wrong} cannot be read by Inlay")
     by_path: dict[str, dict[str, Tensor]] = {}
     for entry in entries:

@@ -16,7 +16,7 @@ from ..errors import AdapterFileError
 from ..injection.walk import Place
 from ..methods.prefix_tuning import PrefixTuningConfig
 from ..prompts.attention import self_attentions
-from .folder import Entry
+from .folder import Entry, other_than
 from .paths import own_path
 
 FIXED = {"leave_out": [], "non_linearity": "tanh", "dropout": 0.0}
@@ -40,7 +40,7 @@ def convert(
         ValueError: a field has a value that Inlay does not know, or there are prefixes beside the one of self-attention.
         AdapterFileError: the model has no place for a gate.
     """
-    if wrong := {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}:
+    if wrong := other_than(told, FIXED):
         raise ValueError(f"a prefix of AdapterHub with {wrong} cannot be read by Inlay")
     found = {entry.rest: entry.tensor for entry in entries if entry.holder == "prefix_tunings"}
     gates = _gates([entry for entry in entries if entry.holder == "prefix_gates"], known, model)

@@ -23,7 +23,7 @@ from ..errors import AdapterFileError, PeftWarning
 from ..injection.walk import Place
 from ..methods.reft import FIRST, LAST, columns_of, orthonormal
 from ..methods.reft.config import ReftConfig
-from .folder import Entry
+from .folder import Entry, other_than
 from .paths import own_path
 
 SAME_NAME = (
@@ -51,7 +51,7 @@ def convert(
         AdapterFileError: the model has no place for a tensor, or a part is missing.
     """
     unknown = sorted(told.keys() - {*SAME_NAME, SUBTRACT, *FIXED, *ONLY_THERE, "architecture"})
-    wrong = {name: told[name] for name, only in FIXED.items() if told.get(name, only) != only}
+    wrong = other_than(told, FIXED)
     if unknown or wrong:
         raise ValueError(f"a ReFT of AdapterHub with {wrong or unknown} cannot be read by Inlay")
     if not told["orthogonality"] and SUBTRACT not in told:

@@ -96,21 +96,14 @@ def take_in(model: PeftModel, name: str, saved: SavedAdapter, loading: Loading) 
             "name; load it by another name"
         )
     there = [] if new else [own for own in (name, *parts) if own in model.peft_config]
-    with (
-        _values_put_back(model, there if saved.others else []),
-        _members_loaded(model, members_of(saved, name) if new else [], saved, loading),
-    ):
+    with _values_put_back(model, there if saved.others else []), taken_out_again(model):
+        _load_members(model, members_of(saved, name) if new else [], saved, loading)
         saved = fitted_to_members(saved, model)
         if new:
             model.add_adapter(name, saved.config, loading.low_cpu_mem_usage, loading.autocast_adapter_dtype)
-        try:
-            with _fitted(model, name, saved.config):
-                result = _put(model, name, saved, loading, resume=loading.is_trainable or not new)
-            _take_in_others(model, name, saved, loading)
-        except BaseException:
-            if new:
-                model.delete_adapter(name)
-            raise
+        with _fitted(model, name, saved.config):
+            result = _put(model, name, saved, loading, resume=loading.is_trainable or not new)
+        _take_in_others(model, name, saved, loading)
     if new or loading.is_trainable:
         model.base_model.set_requires_grad(name, requires_grad=loading.is_trainable)
     return result
@@ -133,11 +126,10 @@ def _put(
 
 
 def _take_in_others(model: PeftModel, name: str, saved: SavedAdapter, loading: Loading) -> list[str]:
-    """Load what a folder holds beside an adapter, all of it or nothing, and return the names: ``<name>_<what it is>``."""
+    """Load what a folder holds beside an adapter, and return the names: ``<name>_<what it is>``. Callers undo it."""
     parts = {f"{name}_{kind}": part for kind, part in saved.others.items()}
-    with taken_out_again(model):
-        for own, part in parts.items():
-            take_in(model, own, part, loading)
+    for own, part in parts.items():
+        take_in(model, own, part, loading)
     return list(parts)
 
 
@@ -167,17 +159,12 @@ def taken_out_again(model: PeftModel) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _members_loaded(
-    model: PeftModel, members: list[str], fusion: SavedAdapter, loading: Loading
-) -> Iterator[None]:
-    """Load the members that the model does not have, and take them out again if what is done inside fails."""
-    with taken_out_again(model):
-        for name in members:
-            if name not in model.peft_config:
-                member, there = _member(model.get_base_model(), name, fusion, loading)
-                take_in(model, name, member, there)
-        yield
+def _load_members(model: PeftModel, members: list[str], fusion: SavedAdapter, loading: Loading) -> None:
+    """Load the members of a fusion that the model does not have."""
+    for name in members:
+        if name not in model.peft_config:
+            member, there = _member(model.get_base_model(), name, fusion, loading)
+            take_in(model, name, member, there)
 
 
 def _member(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.sparse_values import linear_with_values, weight_with_values
+from ..kernels.tracing import being_traced
 from ..kinds import Linear
 from ..method import Slot
 from .weight_entries import Stamp, places_of, positions_of, put, stamp_of, sums, take
@@ -83,7 +84,6 @@ class InWeight:
     def run(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with these adapters: those that can be in the weight from there, the others as they always do."""
         layer = self.layer
-        rest = [slot for slot in slots if not slot.method.in_weight]
         inside = self._to_enter(slots)
         if not self.settle(inside):
             if slots:
@@ -92,8 +92,9 @@ class InWeight:
         if not inside:
             return layer._run_beside(slots, x, *args, **kwargs)
         y = self._run_inside(inside, x, *args, **kwargs)
-        for slot in rest:
-            y = slot.method.after(slot, x, y)
+        for slot in slots:
+            if not slot.method.in_weight:
+                y = slot.method.after(slot, x, y)
         return y
 
     def _run_inside(self, slots: Sequence[Slot], x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -298,11 +299,7 @@ def _learning(slots: Sequence[Slot]) -> bool:
 
 def _traced() -> bool:
     """Whether plain operations are wanted: for a compiler, a transform of ``torch.func`` or a tracer."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    return being_traced() or torch._C._get_tracing_state() is not None
 
 
 def _is_writable(w: Tensor) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import IGNORED, cached_length
+from ..arguments import IGNORED, by_name, cached_length
 from .positions import Context, Prompt
 from .taps import Hung, Parked, Tap, drop_tap, set_tap, taps_on
 
@@ -62,10 +62,6 @@ class Reader:
     def knows(self) -> bool:
         """Whether the module's arguments say anything."""
         return bool(self.mask or self.alone or self.two or self.text)
-
-    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments by their names."""
-        return dict(zip(self.names, args, strict=False)) | dict(kwargs)
 
     def context(self, outer: Context | None, given: Mapping[str, Any], prompt: Prompt | None) -> Context:
         """Return what is known inside a call."""
@@ -118,7 +114,7 @@ class SequenceTap(Tap):
         """Read and keep what the arguments say, while an adapter is on that may ask for it."""
         if any(layer.acts() for layer in self.layers):
             outer = None if self.outer is None else self.outer.parked.value
-            given = self.reader.named(args, kwargs)
+            given = by_name(self.reader.names, args, kwargs)
             self.park(self.reader.context(outer, given, self.parked.prompt))
 
 
@@ -198,7 +194,11 @@ class Surroundings:
                 "a module with an adapter of single positions ran outside of the model around it, which knows what is padding: "
                 "called by itself, or again for its gradients by checkpointing; adapt whole blocks, which are not run again"
             )
-        return known if known.prompt is not None else self.own.masked(known, self.own.named(args, kwargs))
+        return (
+            known
+            if known.prompt is not None
+            else self.own.masked(known, by_name(self.own.names, args, kwargs))
+        )
 
 
 @contextmanager

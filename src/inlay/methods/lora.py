@@ -25,6 +25,7 @@ from ..inits import INITS, EvaConfig, LoftQConfig, changes_base, check_start, is
 from ..injection.targets import pattern_matches
 from ..kernels.autocast import autocast_is_on
 from ..kernels.lora_linear import lora_linear
+from ..kernels.tracing import being_traced
 from ..kinds import LayerKind, Linear
 from ..method import Column, Method, Slot
 
@@ -257,15 +258,9 @@ def dropout_now(slot: Slot, column: str = "lora_dropout") -> float:
 def fused_inputs(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return W[out, in] and b where the fused functions apply to this input, else None.
 
-    They apply to plain linear layers in eager mode. A compiler fuses the plain operations itself, and ``torch.func``
-    transforms need them.
+    They apply to plain linear layers in eager mode.
     """
-    if (
-        not isinstance(slot.kind, Linear)
-        or slot.owner is not None
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not isinstance(slot.kind, Linear) or slot.owner is not None or being_traced():
         return None
     w = slot.weight()
     return (w, slot.bias()) if x.dtype == w.dtype or autocast_is_on(x) else None

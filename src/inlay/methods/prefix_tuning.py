@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from ..blocks import open_gate, start_gate
 from ..config import PeftType
 from ..input_method import InputMethod
+from ..kernels.tracing import being_traced
 from ..prompts.config import PromptLearningConfig, settle_common, text_config
 from ..prompts.encoder import PromptModule
 from .field_values import check_switches, warn_of_idle
@@ -126,7 +127,7 @@ class PrefixEncoder(PromptModule):
         layer making one of the size of the whole, and adding it up. It keeps nothing of any pass through the model.
         """
         own = type(whole) is nn.Parameter and whole.requires_grad and torch.is_grad_enabled()
-        if not own or _being_traced():
+        if not own or being_traced():
             return torch.split(whole, self.width, dim)
         state = (whole._version, whole.data_ptr())
         kept = self.cuts.get(name)
@@ -146,10 +147,6 @@ class Cut(NamedTuple):
     whole: Tensor
     state: tuple[int, int]
     blocks: tuple[Tensor, ...]
-
-
-def _being_traced() -> bool:
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 
 
 class PrefixTuning(InputMethod, name="PREFIX_TUNING"):

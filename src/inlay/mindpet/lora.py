@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.lora_linear import lora_linear
+from ..kernels.tracing import being_traced
 from . import checks
 from .activations import Activation
 from .dense import DenseParts
@@ -102,8 +103,7 @@ class LoRADense(DenseParts):
 
     def _sum(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         a, b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            # A compiler fuses the plain operations itself, and torch.func needs them.
+        if being_traced():
             delta = F.linear(F.linear(self.lora_dropout(x), a.to(x.dtype)), b.to(x.dtype))
             return torch.add(F.linear(x, weight, bias), delta, alpha=self.scaling)
         p = self.lora_dropout.p if self.lora_dropout.training else 0.0

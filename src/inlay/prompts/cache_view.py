@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import cached_length, names_in_forward, parameters_of
+from ..arguments import by_name, cached_length, names_in_forward, parameters_of
 from .sites import Front, Site, extended_mask
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -110,7 +110,7 @@ class CacheHooks:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the cache by a view with the prefix in front, and extend the mask."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = by_name(self.names, args, kwargs)
         states: Tensor = given["hidden_states"]
         front = self.site.live(len(states), states)
         if front is None:

@@ -16,6 +16,7 @@ from ...blocks import open_gate
 from ...kernels.autocast import autocast_is_on
 from ...kernels.bottleneck import Narrow, Norm, bottleneck
 from ...kernels.low_rank import any_gradient
+from ...kernels.tracing import being_traced
 from ...layers.taps import NormTap
 from ...method import Slot
 from .activations import DERIVATIVES, activation
@@ -48,9 +49,7 @@ def _fits(slot: Slot, x: Tensor, carried: Tensor | None, up: Part) -> bool:
     if config.scaling == "channel" and up.wide.shape[0] != slot.kind.out_features:
         return False  # rows of Kronecker factors stand for several channels each
     dropping = slot.layer.training and (config.dropout or config.stochastic_depth)
-    if dropping or config.use_gating or torch.compiler.is_compiling() or autocast_is_on(x):
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if dropping or config.use_gating or being_traced() or autocast_is_on(x):
         return False
     return carried is None or (carried.dtype == x.dtype and carried.shape[:-1] == x.shape[:-1])
 
